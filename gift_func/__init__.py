@@ -1,0 +1,20 @@
+"""Functional, immutable adapters for PyTorch: a frozen base, adapters as data, no monkey-patching."""
+
+from . import select as select
+from . import weights as weights
+from .adapt import adapt as adapt
+from .adapted import AdaptedModel as AdaptedModel
+from .adapted import functional_call as functional_call
+from .base import FrozenBase as FrozenBase
+from .errors import AdaptError as AdaptError
+from .errors import BaseChangedWarning as BaseChangedWarning
+from .errors import CheckpointError as CheckpointError
+from .errors import FileError as FileError
+from .errors import StateError as StateError
+from .methods import Full as Full
+from .methods import LoRA as LoRA
+from .methods import Method as Method
+from .methods import SVDiff as SVDiff
+from .select import Selector as Selector
+from .select import Site as Site
+from .strategy import Strategy as Strategy

@@ -1,0 +1,237 @@
+"""The frozen base: a network's private structure and its tensors, shared by any number of adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BaseChangedWarning
+from .methods import Method
+from .select import Site
+from .structure import Structure
+from .weights import Dense, Slot, Weight
+
+SAMPLE = 1024
+"""Elements of each tensor that enter a fingerprint."""
+
+
+class FrozenBase:
+    """A network that no one trains: private modules around aliases of somebody's tensors.
+
+    It never runs itself: adapted models and `BaseView`s run copies of its structure.
+
+    Args:
+        structure: a private copy of the network's structure, its tensors in place.
+        trainable: names of the parameters that required grad in the user's model.
+    """
+
+    def __init__(self, structure: Structure, trainable: frozenset[str] = frozenset()) -> None:
+        self.structure = structure
+        self.trainable = trainable
+        self.tensors: dict[str, Tensor] = {}
+        for name, ((module, attribute), *_) in structure.places.items():
+            tensor = module._parameters[attribute]
+            assert tensor is not None
+            self.tensors[name] = tensor
+        self.weights: dict[str, Weight] = {
+            name: tensor.weight if isinstance(tensor, Slot) else Dense(tensor) for name, tensor in self.tensors.items()
+        }
+        self._watched = [
+            (name, tensor)
+            for name, tensor in self.tensors.items()
+            if not isinstance(tensor, Slot) and not tensor.is_inference()
+        ]
+        self._versions = self._read_versions()
+        self.epoch = 0
+        self._derived: dict[tuple[str, Method], dict[str, Tensor]] = {}
+        self._fingerprint: dict[str, str] | None = None
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(model: nn.Module) -> FrozenBase:
+        """The frozen base of a user's model, which is only read.
+
+        Raises:
+            AdaptError: if the model's structure cannot be copied.
+        """
+        trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        return FrozenBase(Structure.of(model), trainable)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.structure.module, self.trainable)
+
+    def sites(self, model: nn.Module | None = None) -> list[list[Site]]:
+        """Every parameter of the base, as the sites it can be reached by: several where it is tied.
+
+        Args:
+            model: the user's model, whose own modules and parameters the sites then show to selectors.
+        """
+        root = self.structure.module if model is None else model
+        modules = dict(root.named_modules(remove_duplicate=False))
+        groups = []
+        for names in self.structure.names.values():
+            group = []
+            for name in names:
+                module_name, _, param_name = name.rpartition(".")
+                module = modules[module_name]
+                parameter = module._parameters[param_name]
+                assert parameter is not None
+                group.append(Site(name, module_name, param_name, module, parameter))
+            groups.append(group)
+        return groups
+
+    def derived(self, name: str, method: Method) -> dict[str, Tensor]:
+        """What a method computes from a weight alone, computed once and kept with the base."""
+        if type(method).derive is Method.derive:
+            return {}
+        with self._lock:
+            found = self._derived.get((name, method))
+            if found is None:
+                with torch.no_grad():
+                    found = {part: tensor.detach() for part, tensor in method.derive(self.weights[name]).items()}
+                self._derived[name, method] = found
+            return found
+
+    def watch(self) -> int:
+        """Say so, once for each change, if the tensors were written to since they were frozen.
+
+        Returns:
+            How many times that happened so far.
+        """
+        found = self._read_versions()
+        if found != self._versions:
+            changed = [
+                name for (name, _), was, now in zip(self._watched, self._versions, found, strict=True) if was != now
+            ]
+            self._versions = found
+            self.epoch += 1
+            self._fingerprint = None
+            with self._lock:
+                for entry in [entry for entry in self._derived if entry[0] in changed]:
+                    del self._derived[entry]
+            shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            warnings.warn(
+                f"the frozen base was written to in place after adapt: {shown}. Adapted outputs follow the new values, "
+                "while adapters were made for the old ones. Restore the tensors, or adapt a copy of the model.",
+                BaseChangedWarning,
+                stacklevel=5,
+            )
+        return self.epoch
+
+    def _read_versions(self) -> list[int]:
+        return [tensor._version for _, tensor in self._watched]
+
+    def shares_tensors_with(self, other: FrozenBase) -> bool:
+        """Whether the other base is made of the same tensors in the same places."""
+        if self is other:
+            return True
+        if self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(_same_memory(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the base: a hash of its names, shapes and types, and one of its values.
+
+        The values are sampled, up to 1,024 evenly spaced elements of each tensor, so that the cost does not grow with the
+        model: another training run is noticed, a single changed element may not be.
+
+        Returns:
+            `{"structure": hex, "values": hex}`; values is empty where the tensors hold none (meta device).
+        """
+        if self._fingerprint is None:
+            structure, values, empty = hashlib.sha256(), hashlib.sha256(), False
+            for name, weight in sorted(self.weights.items()):
+                structure.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}\n".encode())
+                for tensor in _leaves(weight):
+                    empty |= tensor.is_meta
+                    if not tensor.is_meta:
+                        values.update(_sample(tensor))
+            self._fingerprint = {"structure": structure.hexdigest(), "values": "" if empty else values.hexdigest()}
+        return dict(self._fingerprint)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> FrozenBase:
+        """The base with `function` applied to every tensor (a move, a cast), or itself where that changes nothing."""
+        with torch.no_grad():
+            made = {name: weight.map(function) for name, weight in self.weights.items()}
+            same = all(
+                a is b
+                for name, weight in made.items()
+                for a, b in zip(_leaves(weight), _leaves(self.weights[name]), strict=True)
+            )
+            if same:
+                return self
+            structure = self.structure.copy(function)
+            for name, weight in made.items():
+                structure.bind(name, as_tensor(weight))
+        return FrozenBase(structure, self.trainable)
+
+
+class BaseView:
+    """The frozen base, unadapted, in the modes (training or not) of an adapted model's body."""
+
+    def __init__(self, base: FrozenBase, body: Structure) -> None:
+        self._frozen = base
+        self._body = body
+        self._copy = base.structure.copy()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward."""
+        return self._ready()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._ready(), name)
+
+    def __repr__(self) -> str:
+        return f"frozen {self._copy.module!r}"
+
+    def _ready(self) -> nn.Module:
+        for name, module in self._copy.modules.items():
+            module.training = getattr(self._body.modules.get(name), "training", module.training)
+        # A frozen base keeps the statistics it came with, whatever a forward in train mode writes.
+        for (_, attribute, module, _), (*_, pristine) in zip(
+            self._copy.buffers(), self._frozen.structure.buffers(), strict=False
+        ):
+            module._buffers[attribute] = pristine.clone() if module.training else pristine
+        return self._copy.module
+
+
+def as_tensor(weight: Weight) -> Tensor:
+    """What stands in a parameter's place for a weight: the tensor itself, or a slot."""
+    if not isinstance(weight, Dense):
+        return Slot.of(weight)
+    tensor = weight.tensor
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _rebuild(module: nn.Module, trainable: frozenset[str]) -> FrozenBase:
+    return FrozenBase(Structure(module), trainable)
+
+
+def _leaves(weight: Weight) -> list[Tensor]:
+    found: list[Tensor] = []
+    weight.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def _sample(tensor: Tensor) -> bytes:
+    with torch.no_grad():
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLE)].to("cpu").contiguous()
+        return bytes(picked.view(torch.uint8).tolist()) if picked.numel() else b""
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if isinstance(a, Slot) or isinstance(b, Slot):
+        return isinstance(a, Slot) and isinstance(b, Slot) and a.weight is b.weight
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return a is b or (a.is_meta and b.is_meta) or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+

@@ -1,0 +1,35 @@
+"""What gift_func raises and warns with: ordinary ValueErrors with a name that can be caught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AdaptError(ValueError):
+    """A model, a strategy or a method that do not fit together."""
+
+
+class StateError(ValueError):
+    """Adapter tensors that do not fit the adapter they are meant for."""
+
+
+class FileError(ValueError):
+    """An adapter file that is damaged, foreign, or made for another base."""
+
+
+class CheckpointError(RuntimeError):
+    """Gradient checkpointing used in a way that would lose an adapter's gradient."""
+
+
+class BaseChangedWarning(UserWarning):
+    """The frozen base's tensors were written to after `adapt`."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names most like `name`, as the end of an error's sentence."""
+    choices = list(known)
+    close = get_close_matches(name, choices, n=count, cutoff=0.4) or choices[:count]
+    if not close:
+        return "there are none"
+    return "the nearest are " + ", ".join(repr(choice) for choice in close)

@@ -1,0 +1,33 @@
+"""Full: the parameter itself is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..select import Site
+from ..weights import Dense, Weight
+from .method import Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """`W' = θ`, a trained copy of the parameter, starting at its value.
+
+    The adapter holds θ under the parameter's own dotted name and with its shape: `"layers.0.bias"`.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(4, 2), {"bias": gf.Full()})
+        >>> list(adapted.adapter)
+        ['bias']
+    """
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"": site.parameter.detach().clone()}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        return Dense(tensors[""])

@@ -1,0 +1,222 @@
+"""LoRA: low-rank adaptation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from typing import Literal, TypeVar, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import AdaptError
+from ..select import Site
+from ..weights import LowRank, Weight
+from .full import Full
+from .method import FrozenMap, Method, is_a, is_computed
+
+Init = Literal["kaiming", "gaussian", "orthogonal", "random"]
+Conv = Literal["kernel", "balanced"]
+Layout = Literal["matrix", "transposed", "stacked", "kernel", "balanced"]
+Value = TypeVar("Value")
+
+HF_CONV1D = "transformers.pytorch_utils.Conv1D"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True, init=False)
+class LoRA(Method):
+    """`W' = W + s·B·A` with `s = alpha / rank`: a change of low rank beside the frozen weight.
+
+    The change that training makes to a large weight has a low intrinsic rank, so two thin factors carry it. B starts at
+    zero, so an adapted network starts as the base.
+
+    Shapes (`r` = rank, `k` = the kernel's sizes), by what the parameter is:
+
+    | parameter | W | lora_A | lora_B |
+    |---|---|---|---|
+    | Linear, Embedding, any matrix | `(out, in)` | `(r, in)` | `(out, r)` |
+    | transformers' Conv1D | `(in, out)` | `(r, in)` | `(out, r)` |
+    | convolution, `conv="kernel"` | `(out, in/groups, k, ...)` | `(r, in/groups, k, ...)` | `(out, r, 1, ...)` |
+    | convolution, `conv="balanced"` | `(out, in/groups, k, ...)` | `(r, in/groups·k...)` | `(out·k, r)` |
+    | a stack of matrices (experts) | `(E, out, in)` | `(E, r, in)` | `(E, out, r)` |
+
+    Args:
+        rank: r, at least 1.
+        alpha: the numerator of s; None means alpha = rank, hence s = 1.
+        rslora: use `s = alpha / sqrt(rank)`.
+        dropout: probability of dropping an input feature on its way into the change, in training only. It needs an
+            operation that has an input: a linear layer, a product, a convolution, nn.MultiheadAttention.
+        init: `"kaiming"` (A uniform in ±1/sqrt(fan_in), B zero), `"gaussian"` (A normal with deviation 1/rank, B zero),
+            `"orthogonal"` (neither zero, their product zero; even rank), `"random"` (both uniform: not the identity).
+        train_bias: also train the bias of every adapted module.
+        rank_pattern: rank of the sites whose module name ends in what a key (a regular expression) matches; first hit.
+        alpha_pattern: the same for alpha.
+        conv: how a kernel is seen as a matrix. `"kernel"`: a k×k convolution into r channels, then a 1×1, as PEFT and
+            LyCORIS factor it. `"balanced"`: rows `out·k₀`, columns `in/groups·k₁·...` of W's memory (Conv1d: rows
+            `out`, columns `in/groups·k₀`), as GIFt does.
+        dtype: element type of the adapter's tensors; None means that of the parameter.
+
+    Raises:
+        AdaptError: for a rank below 1, a dropout outside [0, 1), an unknown init or conv, an odd rank with orthogonal.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> adapted = gf.adapt(model, gf.LoRA(rank=2))
+        >>> list(adapted.adapter)
+        ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
+
+    References:
+        Hu et al., LoRA, 2021 (arXiv:2106.09685); Kalajdzievski, rsLoRA, 2023 (arXiv:2312.03732).
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    # Named so because `init` is the method's function; the constructor's argument is `init`.
+    initialization: Init = field(default="kaiming", metadata={"argument": "init"})
+    train_bias: bool = False
+    rank_pattern: FrozenMap[int] = FrozenMap()
+    alpha_pattern: FrozenMap[float] = FrozenMap()
+    conv: Conv = "kernel"
+    dtype: torch.dtype | None = None
+    layout: Layout = field(default="matrix", repr=False)
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        train_bias: bool = False,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        conv: Conv = "kernel",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for pattern, value in [("", rank), *(rank_pattern or {}).items()]:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                place = f" (rank_pattern {pattern!r})" if pattern else ""
+                raise AdaptError(f"LoRA needs a whole rank of at least 1, got rank={value!r}{place}")
+            if init == "orthogonal" and value % 2:
+                raise AdaptError(f"init='orthogonal' splits the rank in two halves and needs an even one, got rank={value}")
+        if not 0.0 <= dropout < 1.0:
+            raise AdaptError(f"dropout is a probability in [0, 1), got dropout={dropout!r}")
+        if init not in get_args(Init):
+            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
+        if conv not in get_args(Conv):
+            raise AdaptError(f"conv is one of {', '.join(get_args(Conv))}, got conv={conv!r}")
+        values = dict(
+            rank=rank, alpha=alpha, rslora=rslora, dropout=dropout, initialization=init, train_bias=train_bias, conv=conv,
+            rank_pattern=FrozenMap(rank_pattern), alpha_pattern=FrozenMap(alpha_pattern), dtype=dtype, layout="matrix",
+        )  # fmt: skip
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank, or alpha / sqrt(rank) with `rslora`."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+    def takes(self, site: Site) -> bool:
+        if isinstance(site.module, nn.MultiheadAttention):
+            return site.param_name in PACKED
+        layer = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) or is_a(site.module, HF_CONV1D)
+        return layer and site.param_name == "weight"
+
+    def refuses(self, site: Site) -> str | None:
+        if site.parameter.ndim < 2:
+            return "a parameter of at least 2 dimensions, to be written as a product of two factors"
+        if self.dropout and isinstance(site.module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase)):
+            return f"dropout=0 on a {type(site.module).__name__}, whose operation has no input that dropout could act on"
+        return super().refuses(site)
+
+    def overlooks(self, module: nn.Module) -> str | None:
+        layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        return "weight" if layer and is_computed(module, "weight") else None
+
+    def at(self, site: Site) -> LoRA:
+        dims, layout = site.parameter.ndim, "matrix"
+        if is_a(site.module, HF_CONV1D):
+            layout = "transposed"
+        elif isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight":
+            layout = self.conv
+        elif dims > 2:
+            layout = "stacked"
+        return self.but(
+            rank=first_match(self.rank_pattern, site.module_name, self.rank),
+            alpha=first_match(self.alpha_pattern, site.module_name, self.alpha),
+            rank_pattern=FrozenMap(),
+            alpha_pattern=FrozenMap(),
+            layout=layout,
+        )
+
+    def companions(self, site: Site) -> dict[str, Method]:
+        bias = site.param_name.replace("weight", "bias")
+        return {bias: Full()} if self.train_bias and bias != site.param_name else {}
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        parameter, rank = site.parameter, self.rank
+        *lead, rows, columns = parameter.shape
+        if self.layout == "transposed":
+            rows, columns = columns, rows
+        elif self.layout == "kernel":
+            lead, rows, columns = [], parameter.shape[0], prod(parameter.shape[1:])
+        elif self.layout == "balanced":
+            lead, (rows, columns) = [], balanced(parameter.shape)
+        dtype = self.dtype or parameter.dtype
+        a = torch.empty(*lead, rank, columns, dtype=dtype, device=parameter.device)
+        b = torch.zeros(*lead, rows, rank, dtype=dtype, device=parameter.device)
+        if self.initialization == "gaussian":
+            a.normal_(std=1 / rank, generator=generator)
+        elif self.initialization == "orthogonal":
+            mix = torch.empty(rank, rank, dtype=torch.float32, device=parameter.device).normal_(generator=generator)
+            q = torch.linalg.qr(mix).Q.to(dtype) / 10
+            half = torch.empty(*lead, rank // 2, columns, dtype=dtype, device=parameter.device)
+            a = q[0::2].mT @ half.normal_(generator=generator)
+            half = torch.empty(*lead, rows, rank // 2, dtype=dtype, device=parameter.device)
+            b = half.normal_(generator=generator) @ q[1::2]
+        else:
+            a.uniform_(-1, 1, generator=generator).div_(sqrt(max(columns, 1)))
+            if self.initialization == "random":
+                b.uniform_(-1, 1, generator=generator).div_(sqrt(rank))
+        if self.layout == "kernel":
+            a = a.reshape(rank, *parameter.shape[1:])
+            b = b.reshape(rows, rank, *[1] * (parameter.ndim - 2))
+        return {"lora_B": b, "lora_A": a}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        if self.layout == "transposed":
+            a, b = b.mT, a.mT
+        elif self.layout == "kernel":
+            groups = a.shape[0] // b.shape[1]
+            a, b = a.flatten(1), b.flatten(1)
+            if groups > 1:  # PEFT's grouped convolutions: every group has its own share of the rank
+                a = rearrange(a, "(g r) c -> g r c", g=groups)
+                b = rearrange(b, "(g o) r -> g o r", g=groups)
+        return LowRank(base, b, a, self.scale, self.dropout)
+
+
+def balanced(shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of a kernel's memory seen as a matrix that is as square as its layout allows."""
+    if len(shape) <= 3:
+        return shape[0], prod(shape[1:])
+    return shape[0] * shape[2], shape[1] * prod(shape[3:])
+
+
+def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:
+    """The value of the first key whose regular expression matches the module's name or its end after a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module_name):
+            return value
+    return default

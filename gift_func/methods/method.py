@@ -1,0 +1,167 @@
+"""What a method is: a frozen dataclass and two pure functions, `init` and `weight`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdaptError, nearest
+from ..select import Site, qualified
+from ..weights import Weight
+
+Value = TypeVar("Value")
+
+
+class Method(ABC):
+    """A way to change a parameter by few tensors. Subclasses are frozen dataclasses.
+
+    A subclass defines `init` and `weight`; everything else has a default.
+
+    Attributes:
+        frozen: names of the tensors of `init` that are kept and saved but not trained.
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The adapter's tensors for one site, by their short names.
+
+        An empty name stands for the parameter's own. Called without gradients, on the method that `at` returned.
+        """
+
+    @abstractmethod
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        """The changed weight: a pure function of the base's weight and the tensors (those of `init` and `derive`)."""
+
+    def takes(self, site: Site) -> bool:
+        """Whether the site is one of the method's usual ones, taken where nothing else was said."""
+        return self.refuses(site) is None
+
+    def refuses(self, site: Site) -> str | None:
+        """What is missing for the method to adapt the site, or None if it can."""
+        return None if site.parameter.dtype.is_floating_point else "a floating-point parameter"
+
+    def overlooks(self, module: nn.Module) -> str | None:
+        """A weight that would be one of the method's usual ones if the module did not compute it, by its name."""
+        return None
+
+    def at(self, site: Site) -> Self:
+        """The method as it applies to one site: patterns looked up, choices made."""
+        return self
+
+    def derive(self, base: Weight) -> dict[str, Tensor]:
+        """Tensors that follow from the base's weight alone: computed once, kept with the base, not saved."""
+        return {}
+
+    def companions(self, site: Site) -> dict[str, Method]:
+        """Other parameters of the site's module that are adapted along with it, by parameter name."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as plain data (JSON): the constructor's arguments, without those at their default."""
+        data: dict[str, Any] = {"method": type(self).__name__}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            if value != default:
+                data[field.metadata.get("argument", field.name)] = _plain(value)
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Method:
+        """Read back what `to_dict` wrote. Only classes that are already defined are found; nothing is imported.
+
+        Raises:
+            AdaptError: for an unknown method or an unknown field.
+        """
+        known = {kind.__name__: kind for kind in _subclasses(Method)}
+        name = data.get("method")
+        if name not in known:
+            raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
+        kind = known[name]
+        allowed = [field.metadata.get("argument", field.name) for field in fields(kind)]  # type: ignore[arg-type]
+        values = {key: value for key, value in data.items() if key != "method"}
+        unknown = sorted(values.keys() - set(allowed))
+        if unknown:
+            raise AdaptError(f"{name} has no field {unknown[0]!r}; {nearest(unknown[0], allowed)}")
+        for key, value in values.items():
+            if isinstance(value, str) and value.startswith("torch."):
+                values[key] = getattr(torch, value.removeprefix("torch."))
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise AdaptError(f"{name} cannot be made from {values}: {error}") from None
+
+    def __str__(self) -> str:
+        """The method as it would be written: what stands at its default is left out."""
+        parts = [f"{key}={value}" for key, value in self.to_dict().items() if key != "method"]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def but(self, **changes: Any) -> Self:
+        """The same method with some fields changed."""
+        made = object.__new__(type(self))
+        for field in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(made, field.name, changes.get(field.name, getattr(self, field.name)))
+        return made
+
+
+class FrozenMap(Mapping[str, Value]):
+    """A mapping that compares, hashes and pickles, for the fields of frozen dataclasses."""
+
+    def __init__(self, items: Mapping[str, Value] | None = None) -> None:
+        self._items = dict(items or {})
+
+    def __getitem__(self, key: str) -> Value:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self._items.items()) == list(other.items())
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def is_a(module: nn.Module, *names: str) -> bool:
+    """Whether the module is of a class named so or of a subclass, without importing where the class comes from."""
+    return any(qualified(kind) in names for kind in type(module).__mro__)
+
+
+def is_computed(module: nn.Module, param_name: str) -> bool:
+    """Whether the module computes this weight (weight_norm, spectral_norm, parametrize) and owns no such parameter."""
+    if param_name in module._parameters:
+        return False
+    parametrized = nn.utils.parametrize.is_parametrized(module, param_name)
+    return parametrized or isinstance(module.__dict__.get(param_name), Tensor)
+
+
+def _subclasses(kind: type[Method]) -> Iterator[type[Method]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Method):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

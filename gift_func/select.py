@@ -1,0 +1,267 @@
+"""Which parameters: sites, and selectors that compose with `&`, `|` and `~`."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import AdaptError
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A parameter and where it stands.
+
+    Attributes:
+        name: the parameter's dotted name, e.g. `"layers.0.weight"`.
+        module_name: the dotted name of its module; empty for the model itself.
+        param_name: its name in the module, e.g. `"weight"`.
+        module: the module.
+        parameter: the parameter.
+    """
+
+    name: str
+    module_name: str
+    param_name: str
+    module: nn.Module
+    parameter: Tensor
+
+
+class Selector(ABC):
+    """A rule's left side: says of every site whether it is meant."""
+
+    @abstractmethod
+    def __call__(self, site: Site) -> bool:
+        """Whether the site is selected."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The selector as plain data, which `from_dict` reads back."""
+
+    def __and__(self, other: Selector | Callable[[Site], bool]) -> Selector:
+        return And(self, as_selector(other))
+
+    def __rand__(self, other: Callable[[Site], bool]) -> Selector:
+        return And(as_selector(other), self)
+
+    def __or__(self, other: Selector | Callable[[Site], bool]) -> Selector:
+        return Or(self, as_selector(other))
+
+    def __ror__(self, other: Callable[[Site], bool]) -> Selector:
+        return Or(as_selector(other), self)
+
+    def __invert__(self) -> Selector:
+        return Not(self)
+
+
+@dataclass(frozen=True)
+class Name(Selector):
+    """A glob on the module's or the parameter's dotted name (`*` crosses dots)."""
+
+    pattern: str
+
+    def __call__(self, site: Site) -> bool:
+        return fnmatchcase(site.name, self.pattern) or fnmatchcase(site.module_name, self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.pattern}
+
+    def __repr__(self) -> str:
+        return f"name({self.pattern!r})"
+
+
+@dataclass(frozen=True)
+class Regex(Selector):
+    """A regular expression that must match the whole of the module's or the parameter's dotted name."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise AdaptError(f"regex({self.pattern!r}) is not a regular expression: {error}") from None
+
+    def __call__(self, site: Site) -> bool:
+        return any(re.fullmatch(self.pattern, name) for name in (site.name, site.module_name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"regex": self.pattern}
+
+    def __repr__(self) -> str:
+        return f"regex({self.pattern!r})"
+
+
+@dataclass(frozen=True)
+class Type(Selector):
+    """A module's class or a subclass of it, held by qualified name so that it is plain data."""
+
+    classes: tuple[str, ...]
+
+    def __call__(self, site: Site) -> bool:
+        return any(qualified(kind) in self.classes for kind in type(site.module).__mro__)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": list(self.classes)}
+
+    def __repr__(self) -> str:
+        return f"type_({', '.join(self.classes)})"
+
+
+@dataclass(frozen=True)
+class ParameterName(Selector):
+    """A glob on the parameter's own name in its module: `"weight"`, `"bias"`, `"weight_ih_*"`."""
+
+    pattern: str
+
+    def __call__(self, site: Site) -> bool:
+        return fnmatchcase(site.param_name, self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"parameter": self.pattern}
+
+    def __repr__(self) -> str:
+        return f"parameter({self.pattern!r})"
+
+
+@dataclass(frozen=True)
+class Function(Selector):
+    """Any function of a site. It cannot be written as data."""
+
+    function: Callable[[Site], bool]
+
+    def __call__(self, site: Site) -> bool:
+        return bool(self.function(site))
+
+    def to_dict(self) -> dict[str, Any]:
+        raise AdaptError(
+            f"the selector {self!r} is a Python function, which cannot be written as plain data. Use gf.select.name, "
+            "regex, type_ or parameter and their combinations instead."
+        )
+
+    def __repr__(self) -> str:
+        return f"<{getattr(self.function, '__qualname__', repr(self.function))}>"
+
+
+@dataclass(frozen=True)
+class And(Selector):
+    """Both."""
+
+    left: Selector
+    right: Selector
+
+    def __call__(self, site: Site) -> bool:
+        return self.left(site) and self.right(site)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"and": [self.left.to_dict(), self.right.to_dict()]}
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+
+@dataclass(frozen=True)
+class Or(Selector):
+    """Either."""
+
+    left: Selector
+    right: Selector
+
+    def __call__(self, site: Site) -> bool:
+        return self.left(site) or self.right(site)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"or": [self.left.to_dict(), self.right.to_dict()]}
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+
+@dataclass(frozen=True)
+class Not(Selector):
+    """The others."""
+
+    inner: Selector
+
+    def __call__(self, site: Site) -> bool:
+        return not self.inner(site)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"not": self.inner.to_dict()}
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}"
+
+
+def name(pattern: str) -> Selector:
+    """Select by a glob on the module's or the parameter's dotted name: `"*.q_proj"`, `"*.bias"`."""
+    return Name(pattern)
+
+
+def regex(pattern: str) -> Selector:
+    """Select by a regular expression that matches the whole of the module's or the parameter's dotted name."""
+    return Regex(pattern)
+
+
+def type_(*classes: type[nn.Module] | str) -> Selector:
+    """Select the parameters of modules of these classes and their subclasses.
+
+    Args:
+        classes: module classes, or their qualified names (`"torch.nn.modules.linear.Linear"`).
+    """
+    return Type(tuple(kind if isinstance(kind, str) else qualified(kind) for kind in classes))
+
+
+def parameter(pattern: str) -> Selector:
+    """Select by a glob on the parameter's own name in its module: `"bias"`, `"weight_hh_*"`."""
+    return ParameterName(pattern)
+
+
+def qualified(kind: type) -> str:
+    """A class's module and qualified name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def as_selector(value: Selector | str | Callable[[Site], bool]) -> Selector:
+    """A glob or a function as a selector; a selector as it is.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(value, Selector):
+        return value
+    if isinstance(value, str):
+        return Name(value)
+    if callable(value):
+        return Function(value)
+    raise TypeError(f"a selector is a glob, a gf.select selector or a function of a Site, not a {type(value).__name__}")
+
+
+def from_dict(data: Mapping[str, Any]) -> Selector:
+    """Read back what `Selector.to_dict` wrote.
+
+    Raises:
+        AdaptError: if the data names no selector of this module.
+    """
+    match dict(data):
+        case {"name": str(pattern)}:
+            return Name(pattern)
+        case {"regex": str(pattern)}:
+            return Regex(pattern)
+        case {"type": [*classes]} if all(isinstance(kind, str) for kind in classes):
+            return Type(tuple(classes))
+        case {"parameter": str(pattern)}:
+            return ParameterName(pattern)
+        case {"and": [left, right]}:
+            return And(from_dict(left), from_dict(right))
+        case {"or": [left, right]}:
+            return Or(from_dict(left), from_dict(right))
+        case {"not": inner}:
+            return Not(from_dict(inner))
+    raise AdaptError(f"{data!r} is no selector: expected one of the keys name, regex, type, parameter, and, or, not")

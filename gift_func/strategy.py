@@ -1,0 +1,270 @@
+"""Strategies: ordered rules, each a selector and a method, and what they make of a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .base import FrozenBase
+from .errors import AdaptError, nearest
+from .methods import Method
+from .select import Regex, Selector, Site, as_selector
+from .select import from_dict as selector_from_dict
+from .structure import join
+
+Rule = tuple[Selector | str | Callable[[Site], bool] | None, Method]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One parameter and the method that adapts it, settled for its site."""
+
+    name: str
+    site: Site
+    method: Method
+
+    def full_name(self, tensor: str) -> str:
+        """The global name of one of the method's tensors."""
+        if not tensor:
+            return self.name
+        module_name, _, param_name = self.name.rpartition(".")
+        return join(module_name if param_name == "weight" else self.name, tensor)
+
+
+class Strategy:
+    """Ordered rules; for every parameter the first one that selects it and whose method can adapt it wins.
+
+    Args:
+        rules: pairs of a selector (a glob, anything of `gf.select`, a function of a `Site`, or None for the method's
+            usual sites) and a method.
+
+    Raises:
+        TypeError: if a rule is not such a pair.
+        AdaptError: if there are no rules.
+
+    Example:
+        >>> import gift_func as gf
+        >>> strategy = gf.Strategy([("*.q_proj", gf.LoRA(rank=4)), ("*.bias", gf.Full())])
+        >>> gf.Strategy.from_dict(strategy.to_dict()) == strategy
+        True
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        made: list[tuple[Selector | None, Method]] = []
+        for rule in rules:
+            if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
+                raise TypeError(f"a rule is a pair (selector, method), got {rule!r}")
+            selector, method = rule
+            if not isinstance(method, Method):
+                raise TypeError(f"the right side of a rule is a method such as gf.LoRA(rank=8), got {method!r}")
+            made.append((None if selector is None else as_selector(selector), method))
+        if not made:
+            raise AdaptError("a strategy needs at least one rule, such as ('*.q_proj', gf.LoRA(rank=8))")
+        self.rules = tuple(made)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Strategy) and self.rules == other.rules
+
+    def __hash__(self) -> int:
+        return hash(self.rules)
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"({selector!r}, {method})" for selector, method in self.rules)
+        return f"Strategy([{rules}])"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The strategy as plain data that JSON can hold.
+
+        Raises:
+            AdaptError: if a selector is a Python function.
+        """
+        return {
+            "rules": [
+                {"select": selector and selector.to_dict(), "method": method.to_dict()} for selector, method in self.rules
+            ]
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Strategy:
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            AdaptError: if the data is not a strategy, or names a method that is not defined.
+        """
+        try:
+            pairs = [(rule["select"], rule["method"]) for rule in data["rules"]]
+        except (KeyError, TypeError):
+            raise AdaptError(f"not a strategy: {data!r}") from None
+        return Strategy([(s and selector_from_dict(s), Method.from_dict(m)) for s, m in pairs])
+
+    @staticmethod
+    def of(value: object) -> Strategy:
+        """What `adapt` is given, as a strategy: a method, a mapping of patterns, pairs, or a strategy.
+
+        Raises:
+            TypeError: for anything else.
+        """
+        if isinstance(value, Strategy):
+            return value
+        if isinstance(value, Method):
+            return Strategy([(None, value)])
+        if isinstance(value, Mapping):
+            return Strategy(value.items())
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            return Strategy(value)
+        raise TypeError(
+            "a strategy is a method (gf.LoRA(rank=8)), a dict from patterns to methods, a gf.Strategy, or an iterable of "
+            f"(check, action) pairs, not {value!r}"
+        )
+
+    @staticmethod
+    def by_name(placements: Iterable[Placement]) -> Strategy:
+        """The strategy that leads to just these placements."""
+        names: dict[Method, list[str]] = {}
+        for placement in placements:
+            names.setdefault(placement.method, []).append(re.escape(placement.name))
+        return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
+
+    def to_json(self) -> str:
+        """The strategy as a JSON text."""
+        return json.dumps(self.to_dict())
+
+    @staticmethod
+    def from_json(text: str) -> Strategy:
+        """Read back what `to_json` wrote."""
+        return Strategy.from_dict(json.loads(text))
+
+    def explain(self, model: nn.Module) -> Explanation:
+        """Which rule takes which parameter of the model, and which rule takes nothing."""
+        return self.examine(FrozenBase.of(model), model)
+
+    def examine(self, base: FrozenBase, model: nn.Module | None = None) -> Explanation:
+        """`explain` for a base that is already there.
+
+        Args:
+            model: the model the base was made of, for selectors that compare its own modules.
+        """
+        seen = [0] * len(self.rules)
+        reasons: list[tuple[Site, str] | None] = [None] * len(self.rules)
+        taken: dict[str, tuple[int, Placement]] = {}
+        groups = base.sites(model)
+        for group in groups:
+            for index, site in ((i, s) for i in range(len(self.rules)) for s in group):
+                selector, method = self.rules[index]
+                if not (method.takes(site) if selector is None else selector(site)):
+                    continue
+                reason = method.refuses(site)
+                if reason is not None:
+                    reasons[index] = reasons[index] or (site, reason)
+                    continue
+                seen[index] += 1
+                if group[0].name not in taken:
+                    taken[group[0].name] = index, Placement(group[0].name, site, method.at(site))
+        sites = {site.name: group for group in groups for site in group}
+        for index, placement in list(taken.values()):
+            for param_name, method in placement.method.companions(placement.site).items():
+                group = sites.get(join(placement.site.module_name, param_name), [])
+                if group and group[0].name not in taken:
+                    taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]))
+        order = {group[0].name: position for position, group in enumerate(groups)}
+        ordered = {name: taken[name] for name in sorted(taken, key=order.__getitem__)}
+        return Explanation(self, groups, base.structure.modules, ordered, seen, reasons)
+
+    def place(self, base: FrozenBase, model: nn.Module | None = None) -> list[Placement]:
+        """The placements, one for each adapted parameter.
+
+        Raises:
+            AdaptError: if a rule takes nothing, or would have to pass over a computed weight.
+        """
+        found = self.examine(base, model)
+        found.check()
+        return [placement for _, placement in found.taken.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What a strategy makes of a model; prints as a table.
+
+    Attributes:
+        strategy: the strategy.
+        groups: every parameter, as the sites it can be reached by.
+        modules: every module, by dotted name.
+        taken: parameter name -> (index of the rule, placement).
+        selected: for each rule, how many sites it selects that its method can adapt, won or not.
+        reasons: for each rule, a selected site that its method cannot adapt, and what is missing.
+    """
+
+    strategy: Strategy
+    groups: list[list[Site]]
+    modules: dict[str, nn.Module]
+    taken: dict[str, tuple[int, Placement]]
+    selected: list[int]
+    reasons: list[tuple[Site, str] | None]
+
+    def check(self) -> None:
+        """Raise an `AdaptError` for the first rule that takes nothing or passes over a computed weight."""
+        won = {index for index, _ in self.taken.values()}
+        names = [site.name for group in self.groups for site in group]
+        for index, (selector, method) in enumerate(self.strategy.rules):
+            if selector is None:
+                self._check_computed(method)
+            if index in won:
+                continue
+            label = f"rule {index} ({'usual sites' if selector is None else repr(selector)}: {method})"
+            reason = self.reasons[index]
+            if reason is not None:
+                site, needed = reason
+                raise AdaptError(
+                    f"{label} cannot adapt {site.name!r} of {type(site.module).__name__}: it needs {needed}, and the "
+                    f"parameter is {site.parameter.dtype} of shape {tuple(site.parameter.shape)}. Choose another method for it."
+                )
+            if self.selected[index]:
+                raise AdaptError(f"{label} takes nothing: earlier rules take all it selects. Move it up, or drop it.")
+            wanted = "" if selector is None else getattr(selector, "pattern", "")
+            known = {name.rpartition(".")[0]: None for name in names if "." in name} | dict.fromkeys(names)
+            remedy = "Name a parameter to adapt it" if selector is None else "Patterns are globs on dotted names"
+            raise AdaptError(
+                f"{label} matches nothing in a model of {len(self.groups)} parameters. {remedy}; {nearest(wanted, known)}."
+            )
+
+    def _check_computed(self, method: Method) -> None:
+        for module_name, module in self.modules.items():
+            attribute = method.overlooks(module)
+            if attribute is not None:
+                raise AdaptError(
+                    f"{join(module_name, attribute)} of {type(module).__name__} is computed from other parameters "
+                    f"(weight_norm, spectral_norm or another parametrization), so {method} has no parameter to adapt. "
+                    "Remove the parametrization from a copy of the model "
+                    "(torch.nn.utils.parametrize.remove_parametrizations), or name what is to be adapted."
+                )
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "rule", "method")]
+        for group in self.groups:
+            index, placement = self.taken.get(group[0].name, (None, None))
+            rows.append(
+                (
+                    " = ".join(site.name for site in group),
+                    "x".join(map(str, group[0].parameter.shape)) or "scalar",
+                    "-" if index is None else str(index),
+                    "-" if placement is None else str(placement.method),
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        won = [index for index, _ in self.taken.values()]
+        for index, (selector, method) in enumerate(self.strategy.rules):
+            what = "usual sites" if selector is None else repr(selector)
+            count = won.count(index)
+            note = f"{count} parameter{'s' * (count != 1)}" if count else "takes nothing"
+            lines.append(f"rule {index}: {what} -> {method}: {note}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+

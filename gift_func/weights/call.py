@@ -1,0 +1,68 @@
+"""One call of an adapted network, and what gradient checkpointing does inside of it.
+
+A checkpoint runs a part of the network again in backward, after the call. It must then find the
+weights of that call. And a reentrant checkpoint around inputs that need no gradient drops the
+gradient of every weight inside, with no more than a warning.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import CheckpointError
+from ._torch import inside_gradless_checkpoint, saved_tensor_hooks
+
+
+class Call:
+    """What held when a call began, and whether a checkpoint was met on the way."""
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.hooks = saved_tensor_hooks()
+        self.checkpointed = False
+
+    def look(self, needs_grad: bool) -> None:
+        """Notice a checkpoint around the operation that is about to run.
+
+        Raises:
+            CheckpointError: if the operation's weight needs a gradient that a checkpoint would drop.
+        """
+        if not self.grad:
+            return
+        if not torch.is_grad_enabled():
+            self.checkpointed = True
+            if needs_grad and inside_gradless_checkpoint():
+                raise CheckpointError(
+                    "a reentrant checkpoint (use_reentrant=True) runs adapted layers on inputs of which none requires "
+                    "grad, so their adapters would get no gradient. Use use_reentrant=False, or make the input "
+                    "require grad (x.requires_grad_(), or enable_input_require_grads() of a transformers model)."
+                )
+        elif saved_tensor_hooks() is not self.hooks:
+            self.checkpointed = True
+
+
+class _Current(threading.local):
+    call: Call | None = None
+
+
+_current = _Current()
+
+
+def current() -> Call | None:
+    """The innermost call under way in this thread."""
+    return _current.call
+
+
+@contextmanager
+def calling() -> Iterator[Call]:
+    """Mark the extent of one call in this thread."""
+    before, call = _current.call, Call()
+    _current.call = call
+    try:
+        yield call
+    finally:
+        _current.call = before

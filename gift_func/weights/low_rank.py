@@ -1,0 +1,98 @@
+"""`W + s·B·A`: the low-rank weight, which acts through its thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import AdaptError
+from .value import Convolution, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
+
+
+class LowRank(OnBase):
+    """`W + s·reshape(left @ right)`, dropout on what meets the change.
+
+    Args:
+        base: W, of any shape.
+        left: `(..., rows, r)`.
+        right: `(..., r, columns)`; the product has as many elements as W and is read in W's shape,
+            so one class serves matrices, stacks of matrices, and both ways to flatten a kernel.
+        scale: s.
+        dropout: probability with which an input feature is dropped before it meets the change.
+    """
+
+    def __init__(
+        self,
+        base: Weight | Tensor,
+        left: Tensor,
+        right: Tensor,
+        scale: float | Tensor = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        self.base = as_weight(base)
+        self.left = left
+        self.right = right
+        self.scale = scale
+        self.dropout = dropout
+
+    @property
+    def needs_input(self) -> bool:
+        return bool(self.dropout) or self.base.needs_input
+
+    @property
+    def _is_matrix(self) -> bool:
+        """Whether the factors are those of W itself, and not of W flattened."""
+        return self.left.shape[:-1] == self.base.shape[:-1]
+
+    def _change(self) -> Tensor:
+        return (self.left @ self.right).reshape(self.base.shape)
+
+    def dense(self) -> Tensor:
+        if self.dropout:
+            raise AdaptError(
+                f"dropout={self.dropout} acts on an operation's input, and this operation reads the weight of shape "
+                f"{tuple(self.shape)} as a whole. Give this site a method without dropout, or call eval()."
+            )
+        return add_scaled(self.base.dense(), self._change(), self.scale)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._is_matrix:
+            return super().linear(x, bias)
+        thin = F.dropout(x, self.dropout) if self.dropout else x
+        if thin.dtype != self.right.dtype and not torch.is_autocast_enabled(x.device.type):
+            thin = thin.to(self.right.dtype)
+        change = dense_linear(dense_linear(thin, self.right, None), self.left, None)
+        return add_scaled(self.base.linear(x, bias), change, self.scale)
+
+    def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
+        # Forming the kernel is the cheap way: it is small, the activations are not.
+        if not self.dropout:
+            return super().convolve(x, conv, bias)
+        change = conv(F.dropout(x, self.dropout), self._change().to(x.dtype), None)
+        return add_scaled(self.base.convolve(x, conv, bias), change, self.scale)
+
+    def lookup(self, pick: Callable[[Tensor], Tensor], ids: Tensor, padding_idx: int | None) -> Tensor:
+        if not self._is_matrix or self.dropout:
+            return super().lookup(pick, ids, padding_idx)
+        change = pick(self.left) @ self.right
+        if padding_idx is not None:
+            change = torch.where((ids == padding_idx).unsqueeze(-1), change.detach(), change)
+        return add_scaled(self.base.lookup(pick, ids, padding_idx), change, self.scale)
+
+    @property
+    def mT(self) -> Weight:
+        if not self._is_matrix:
+            return super().mT
+        return LowRank(self.base.mT, self.right.mT, self.left.mT, self.scale, self.dropout)
+
+    def __getitem__(self, index: Index) -> Weight:
+        if not self._is_matrix:
+            return super().__getitem__(index)
+        right = self.right if self.base.ndim == 2 else self.right[index]
+        return LowRank(self.base[index], self.left[index], right, self.scale, self.dropout)
+
+    def eval(self) -> Weight:
+        return LowRank(self.base.eval(), self.left, self.right, self.scale)

@@ -1,0 +1,34 @@
+"""Convolutions of any dimension, transposed ones included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..slot import Slot, dense_of, rule
+
+
+def _convolution(function: Callable[..., Tensor]) -> None:
+    @rule(function)
+    def convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, Slot):
+            return NotImplemented
+
+        def conv(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return function(x, w, b, *args, **kwargs)
+
+        return weight.weight.convolve(dense_of(input), conv, dense_of(bias))
+
+
+for _function in (
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+):
+    _convolution(_function)

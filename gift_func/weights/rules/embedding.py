@@ -1,0 +1,64 @@
+"""Looking rows up, one at a time or in bags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..slot import Slot, rule
+
+
+@rule(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    # Renormalising, counting and sparse gradients are all about whole rows of the weight.
+    if not isinstance(weight, Slot) or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+
+    def pick(rows: Tensor) -> Tensor:
+        return F.embedding(input, rows)
+
+    return weight.weight.lookup(pick, input, padding_idx)
+
+
+@rule(F.embedding_bag)
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    # A bag's maximum is not linear in the weight; padding is left out of the bag by torch itself.
+    if not isinstance(weight, Slot) or mode == "max" or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+
+    def pick(rows: Tensor) -> Tensor:
+        return F.embedding_bag(
+            input,
+            rows,
+            offsets,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+
+    return weight.weight.lookup(pick, input, None)

@@ -1,0 +1,52 @@
+"""Linear layers and matrix products, the weight on either side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..slot import Slot, dense_of, rule
+from ..value import Weight
+
+
+@rule(F.linear, torch._C._nn.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, Slot):
+        return NotImplemented
+    return weight.weight.linear(dense_of(input), dense_of(bias))
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+def matmul(input: Tensor, other: Tensor) -> Any:
+    if isinstance(other, Slot) and other.ndim >= 2:
+        return other.weight.mT.linear(dense_of(input))
+    if isinstance(input, Slot) and input.ndim >= 2:
+        return _from_left(input.weight, dense_of(other))
+    return NotImplemented
+
+
+@rule(Tensor.__rmatmul__)
+def rmatmul(self: Tensor, other: Tensor) -> Any:
+    return matmul(other, self)
+
+
+@rule(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: None = None) -> Any:
+    slot = mat2 if isinstance(mat2, Slot) else mat1
+    if not isinstance(slot, Slot):
+        return NotImplemented
+    input = dense_of(input)
+    if slot is mat2 and input.ndim == 1 and slot.ndim == 2 and beta == 1 and alpha == 1:
+        return slot.weight.mT.linear(dense_of(mat1), input)
+    product = matmul(mat1, mat2)
+    return torch.add(input if beta == 1 else input * beta, product, alpha=alpha)
+
+
+def _from_left(weight: Weight, other: Tensor) -> Tensor:
+    """`W @ other`, as the transpose of `otherᵀ @ Wᵀ`."""
+    if other.ndim == 1:
+        return weight.linear(other)
+    return weight.linear(other.mT).mT

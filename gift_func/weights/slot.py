@@ -1,0 +1,152 @@
+"""The slot: a tensor that stands in a parameter's place and hands every torch function to a weight.
+
+A slot is a NaN placeholder with the parameter's shape, element type and device. A function that has
+a rule acts through the weight's structure; any other gets the dense weight; a question about
+shape, type or place is answered by the placeholder itself; a write is refused. An operation that
+slips past all of that computes with NaN, which is loud, and never with the base's own value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..errors import AdaptError
+from .call import current
+from .value import Weight
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+TorchFunction = Callable[..., Any]
+
+RULES: dict[TorchFunction, Callable[..., Any]] = {}
+
+
+def rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
+    """Register how torch functions act on slots.
+
+    The rule is called with the torch function's own arguments, some of which are slots
+    (`weight_of(argument)` gives their weights), and returns the function's result, or
+    `NotImplemented` to let the function run on the dense weights.
+
+    Args:
+        functions: as `__torch_function__` sees them: `torch.matmul`, `torch.Tensor.matmul`, `F.linear`, ...
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> @gf.weights.rule(torch.trace)
+        ... def trace(weight):
+        ...     return gf.weights.weight_of(weight).dense().diagonal().sum()
+    """
+
+    def register(function: Rule) -> Rule:
+        for torch_function in functions:
+            RULES[torch_function] = function
+        return function
+
+    return register
+
+
+class Slot(Tensor):
+    """The placeholder tensor; `weight` is the value it stands for."""
+
+    weight: Weight
+
+    @staticmethod
+    def of(weight: Weight) -> Slot:
+        """A new slot for a weight."""
+        fill = float("nan") if weight.dtype.is_floating_point or weight.dtype.is_complex else 0
+        made = torch.full((), fill, dtype=weight.dtype, device=weight.device).expand(weight.shape).as_subclass(Slot)
+        made.weight = weight
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: TorchFunction,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            call = current()
+            if call is not None:
+                call.look(any(a.weight.requires_grad for a in args if isinstance(a, Slot)))
+            _refuse_writes(func, args, kwargs)
+        act = RULES.get(func)
+        if act is not None:
+            result = act(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*dense_of(args), **dense_of(kwargs))
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"Slot({self.weight!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        made = memo[id(self)] = Slot.of(self.weight.map(lambda tensor: tensor.detach().clone()))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Slot.of, (self.weight,)
+
+
+def weight_of(tensor: Tensor) -> Weight:
+    """The weight behind a slot.
+
+    Raises:
+        TypeError: if the tensor is not a slot.
+    """
+    if not isinstance(tensor, Slot):
+        raise TypeError(f"expected a slot, got a {type(tensor).__name__} of shape {tuple(tensor.shape)}")
+    return tensor.weight
+
+
+def dense_of(tree: Any) -> Any:
+    """The same arguments with every slot replaced by its dense weight."""
+    return tree_map_only(Slot, lambda slot: slot.weight.dense(), tree)
+
+
+def _refuse_writes(func: TorchFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    name = getattr(func, "__name__", "")
+    target = kwargs.get("out")
+    if target is None and args and (name in WRITES or (name.endswith("_") and not name.endswith("__"))):
+        target = args[0]
+    slots = [item for item in (target if isinstance(target, (tuple, list)) else [target]) if isinstance(item, Slot)]
+    if slots:
+        raise AdaptError(
+            f"{name or func!r} would write to an adapted weight of shape {tuple(slots[0].shape)}, which is computed from "
+            "the frozen base and the adapter and holds no memory of its own. Change the adapter's tensors instead "
+            "(adapted.adapter[...]), or merge() the model and write to the result."
+        )
+
+
+WRITES = frozenset(
+    "__set__ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ "
+    "__ixor__ __ilshift__ __irshift__ register_hook register_post_accumulate_grad_hook retain_grad backward".split()
+)
+
+_PROPERTIES = (
+    "shape ndim dtype device layout is_leaf grad_fn requires_grad grad _version _base output_nr is_cuda is_cpu is_xpu "
+    "is_mps is_meta is_mkldnn is_sparse is_sparse_csr is_quantized is_nested is_ipu is_maia is_mtia is_xla is_vulkan "
+    "itemsize nbytes names retains_grad _backward_hooks _grad_fn".split()
+)
+_METHODS = (
+    "size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex is_signed "
+    "is_conj is_neg is_inference get_device ndimension __len__ _is_view is_shared data_ptr is_pinned type_as_meta "
+    "is_same_size _is_zerotensor has_names dim_order".split()
+)
+_FUNCTIONS = "is_floating_point is_complex is_conj is_neg is_inference numel is_same_size is_signed".split()
+
+METADATA: frozenset[TorchFunction] = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
+    + [getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)]
+)

@@ -1,0 +1,244 @@
+"""The value a parameter's name is bound to: a weight that acts without having to be formed.
+
+An operation asks a weight to act (`linear`, `convolve`, `lookup`); a weight that has no better
+way answers through `dense()`, so every weight is right under every operation and fast where it
+says how.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Index = Any
+
+
+class Weight(ABC):
+    """A tensor-shaped value: the weight that stands in a parameter's place.
+
+    A subclass holds tensors and other weights as attributes, is never changed after it was made,
+    and defines `base`-independent truth in `dense()`. The other methods are ways to act that a
+    subclass may do better than by forming the matrix.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Shape of the dense weight."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Element type of the dense weight."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the dense weight would lie."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight as one tensor of shape `shape`."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the dense weight."""
+        return len(self.shape)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.mT + bias`.
+
+        Args:
+            x: input, shape `(..., d_in)`.
+            bias: shape `(d_out,)`, or None.
+
+        Returns:
+            Shape `(..., d_out)` for a weight of shape `(d_out, d_in)`; a weight with leading
+            dimensions broadcasts them against those of `x`, as `torch.matmul` does.
+        """
+        return dense_linear(x, self.dense(), bias)
+
+    def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
+        """`conv(x, W, bias)`, where `conv` knows stride, padding and the rest, and is linear in x and in W."""
+        return conv(x, self.dense(), bias)
+
+    def lookup(self, pick: Callable[[Tensor], Tensor], ids: Tensor, padding_idx: int | None) -> Tensor:
+        """`pick(W)`: the rows of W that `ids` name; no gradient flows from row `padding_idx`."""
+        return pick(self.dense())
+
+    @property
+    def mT(self) -> Weight:
+        """The weight with its last two dimensions exchanged."""
+        return Transposed(self)
+
+    def __getitem__(self, index: Index) -> Weight:
+        """The part of the weight that `index` names along its first dimension."""
+        return Dense(self.dense()[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight with `function` applied to every tensor it holds."""
+        made = object.__new__(type(self))
+        for name, item in self.__dict__.items():
+            if isinstance(item, Tensor):
+                item = function(item)
+            elif isinstance(item, Weight):
+                item = item.map(function)
+            object.__setattr__(made, name, item)
+        return made
+
+    def detach(self) -> Self:
+        """The same weight, cut from the autograd graph."""
+        return self.map(torch.Tensor.detach)
+
+    def eval(self) -> Weight:
+        """The weight as it acts outside training: without dropout."""
+        return self
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the weight cannot be formed because dropout acts on what it is applied to."""
+        return False
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is asked for on any tensor the weight holds."""
+        return any(getattr(item, "requires_grad", False) for item in self.__dict__.values())
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}={_brief(item)}" for name, item in self.__dict__.items())
+        return f"{type(self).__name__}({parts})"
+
+
+class Dense(Weight):
+    """A weight that is just a tensor: the frozen base's own, or one that replaces it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+    @property
+    def mT(self) -> Weight:
+        return Dense(self.tensor.mT)
+
+
+class Transposed(Weight):
+    """The transpose of a weight that has no better way to be transposed."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+
+    @property
+    def shape(self) -> torch.Size:
+        *lead, rows, columns = self.weight.shape
+        return torch.Size([*lead, columns, rows])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def dense(self) -> Tensor:
+        return self.weight.dense().mT
+
+    @property
+    def mT(self) -> Weight:
+        return self.weight
+
+    def eval(self) -> Weight:
+        return Transposed(self.weight.eval())
+
+
+class OnBase(Weight):
+    """A weight made of another weight and a change to it: shape, dtype and device are the base's."""
+
+    base: Weight
+
+    @property
+    def needs_input(self) -> bool:
+        return self.base.needs_input
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+
+class Delta(OnBase):
+    """`W + s·D` with a full-size change D, shape of W."""
+
+    def __init__(self, base: Weight | Tensor, delta: Tensor, scale: float | Tensor = 1.0) -> None:
+        self.base = as_weight(base)
+        self.delta = delta
+        self.scale = scale
+
+    def dense(self) -> Tensor:
+        return add_scaled(self.base.dense(), self.delta, self.scale)
+
+    @property
+    def mT(self) -> Weight:
+        return Delta(self.base.mT, self.delta.mT, self.scale)
+
+    def eval(self) -> Weight:
+        return Delta(self.base.eval(), self.delta, self.scale)
+
+    def __getitem__(self, index: Index) -> Weight:
+        return Delta(self.base[index], self.delta[index], self.scale)
+
+
+def as_weight(value: Weight | Tensor) -> Weight:
+    """A tensor as a weight; a weight as it is."""
+    return value if isinstance(value, Weight) else Dense(value)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.mT + bias` for a matrix, or for a stack of matrices that broadcasts."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    y = x @ weight.mT
+    return y if bias is None else y + bias
+
+
+def add_scaled(base: Tensor, change: Tensor, scale: float | Tensor) -> Tensor:
+    """`base + scale·change`, computed in the wider and returned in the base's element type."""
+    if not isinstance(scale, Tensor):
+        if scale != 1.0:
+            change = change * scale
+    else:
+        change = change * scale.to(change.dtype)
+    return (base + change).to(base.dtype)
+
+
+def _brief(item: object) -> str:
+    if isinstance(item, Tensor):
+        return f"{str(item.dtype).removeprefix('torch.')}{list(item.shape)}"
+    return repr(item)
