@@ -4,13 +4,15 @@ from . import select as select
 from . import weights as weights
 from .adapt import adapt as adapt
 from .adapted import AdaptedModel as AdaptedModel
-from .adapted import functional_call as functional_call
 from .base import FrozenBase as FrozenBase
 from .errors import AdaptError as AdaptError
 from .errors import BaseChangedWarning as BaseChangedWarning
 from .errors import CheckpointError as CheckpointError
 from .errors import FileError as FileError
 from .errors import StateError as StateError
+from .files import load_adapter as load_adapter
+from .files import save_adapter as save_adapter
+from .functional import functional_call as functional_call
 from .methods import Full as Full
 from .methods import LoRA as LoRA
 from .methods import Method as Method

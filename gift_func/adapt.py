@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedModel, Part
+from .adapted import AdaptedModel
 from .base import FrozenBase, as_tensor
+from .body import Part
 from .errors import AdaptError
 from .methods import Full, Method
 from .strategy import Placement, Strategy
@@ -47,50 +49,79 @@ def adapt(
         >>> sorted(adapted.adapter_state_dict())
         ['0.bias', '1.bias', '1.lora_A', '1.lora_B']
     """
+
+    def draw(placement: Placement) -> dict[str, Tensor]:
+        return placement.method.init(placement.site, generator)
+
+    return _adapt(model, strategy, draw)
+
+
+def readapt(model: nn.Module | FrozenBase, strategy: Any, state: Mapping[str, Tensor]) -> AdaptedModel:
+    """Adapt a model with tensors that are already there; nothing is drawn.
+
+    Raises:
+        StateError: if the tensors are not those that the strategy asks for.
+    """
+    return _adapt(model, strategy, _shapes).with_adapter(state)
+
+
+def _adapt(model: nn.Module | FrozenBase, strategy: Any, initial: Callable[[Placement], dict[str, Tensor]]) -> AdaptedModel:
     protocol = is_protocol(strategy)
     rules = None if protocol else Strategy.of(strategy)
-    if isinstance(model, FrozenBase):
-        base, users = model, None
-    elif isinstance(model, AdaptedModel):
-        base, users = frozen(model), None
-    elif isinstance(model, nn.Module):
-        base, users = FrozenBase.of(model), model
-    else:
-        raise TypeError(f"adapt takes a torch.nn.Module, got a {type(model).__name__}")
+    base = base_of(model)
     if rules is not None:
-        placements = rules.place(base, users)
-        body = base.structure.copy(clone)
-        return _assemble(base, body, placements, {}, rules, generator)
-    body = Structure(base.structure.detached(clone_parameter))
-    originals = dict(zip(body.places, base.structure.places, strict=True))
+        plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
+        return _assemble(base, base.structure.copy(clone), rules.place(base, plain), {}, rules, initial)
     caps = caps_of(strategy)
-    before = {id(tensor): (originals[name], tensor, tensor._version) for name, tensor in _parameters(body).items()}
+    # An action may write to what it is handed, so it is handed copies; what it left alone becomes an alias again.
+    body = Structure(base.structure.detached(_writable))
+    before: dict[int, tuple[str, Tensor, int]] = {}
+    for name, origin in zip(body.places, base.structure.places, strict=True):
+        before[id(body.tensor(name))] = origin, body.tensor(name), body.tensor(name)._version
     operation = operate(body, caps)
-    placements, fresh = operation.placements, {}
-    body = Structure(body.module)
-    for name, tensor in _parameters(body).items():
-        origin, _, version = before.get(id(tensor), (None, None, None))
-        if origin is not None and tensor._version == version:
-            body.bind(name, base.tensors[origin])
+    body, fresh = Structure(body.module), {}
+    for name in body.places:
+        tensor = body.tensor(name)
+        known = before.get(id(tensor))
+        if known is not None and tensor._version == known[2]:
+            body.bind(name, base.tensors[known[0]])
         else:
-            fresh[name] = nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad or origin is not None)
-    rules = None if operation.changed else Strategy.by_name(placements)
-    return _assemble(base, body, placements, fresh, rules, generator)
+            fresh[name] = nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad)
+    rules = None if operation.changed or fresh else Strategy.by_name(operation.placements)
+    return _assemble(base, body, operation.placements, fresh, rules, initial)
 
 
-def frozen(adapted: AdaptedModel) -> FrozenBase:
+def base_of(model: nn.Module | FrozenBase) -> FrozenBase:
+    """The frozen base that a model makes; of an adapted model, one that holds its adapter as it is now."""
+    if isinstance(model, FrozenBase):
+        return model
+    if isinstance(model, AdaptedModel):
+        return _frozen(model)
+    if isinstance(model, nn.Module):
+        return FrozenBase.of(model)
+    raise TypeError(f"adapt takes a torch.nn.Module, got a {type(model).__name__}")
+
+
+def _frozen(adapted: AdaptedModel) -> FrozenBase:
     """An adapted model as the base of further ones: structured weights and buffers as they are now."""
+    body = adapted._body
     tensors = {name: clone(tensor) for name, tensor in adapted.adapter.items()}
-    structure = Structure(adapted._body.detached())
-    for name, weight in adapted._weights(tensors).items():
+    structure = Structure(body.structure.detached())
+    for name, weight in body.weights(tensors).items():
         structure.bind(name, as_tensor(weight.eval()))
-    trainable = frozenset(structure.places) & (adapted._base.trainable | {part.name for part in adapted.parts})
+    trainable = frozenset(structure.places) & (body.base.trainable | {part.name for part in body.parts})
     return FrozenBase(structure, trainable)
 
 
-def clone_parameter(parameter: Tensor) -> Tensor:
-    """A trainable copy to hand to code that may write to it."""
+def _writable(parameter: Tensor) -> Tensor:
     return nn.Parameter(clone(parameter), requires_grad=parameter.dtype.is_floating_point)
+
+
+def _shapes(placement: Placement) -> dict[str, Tensor]:
+    """The method's tensors without values, and without a draw from any generator."""
+    parameter = placement.site.parameter
+    bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return placement.method.init(replace(placement.site, parameter=bare), None)
 
 
 def _assemble(
@@ -99,7 +130,7 @@ def _assemble(
     placements: list[Placement],
     fresh: Mapping[str, nn.Parameter],
     strategy: Strategy | None,
-    generator: torch.Generator | None,
+    initial: Callable[[Placement], dict[str, Tensor]],
 ) -> AdaptedModel:
     """Draw the adapter's tensors and put the adapted model together."""
     parts = []
@@ -107,24 +138,17 @@ def _assemble(
     for placement in placements:
         method = placement.method
         with torch.no_grad():
-            made = method.init(placement.site, generator)
+            made = initial(placement)
         names = {}
         for local, tensor in made.items():
             name = names[local] = placement.full_name(local)
             if name in tensors or name in fresh:
-                raise AdaptError(f"two adapted parameters would both name a tensor {name!r}; adapt one of them by another method")
+                raise AdaptError(
+                    f"two adapted parameters would both name a tensor {name!r}; adapt one of them by another method"
+                )
             tensors[name] = nn.Parameter(tensor.detach(), requires_grad=local not in method.frozen)
         parts.append(Part(placement.name, method, names))
     for name, parameter in fresh.items():
         tensors[name] = parameter
         parts.append(Part(name, Full(), {"": name}))
     return AdaptedModel(base, body, parts, tensors, strategy)
-
-
-def _parameters(body: Structure) -> dict[str, nn.Parameter]:
-    found = {}
-    for name, ((module, attribute), *_) in body.places.items():
-        parameter = module._parameters[attribute]
-        assert parameter is not None
-        found[name] = parameter
-    return found

@@ -34,11 +34,7 @@ class FrozenBase:
     def __init__(self, structure: Structure, trainable: frozenset[str] = frozenset()) -> None:
         self.structure = structure
         self.trainable = trainable
-        self.tensors: dict[str, Tensor] = {}
-        for name, ((module, attribute), *_) in structure.places.items():
-            tensor = module._parameters[attribute]
-            assert tensor is not None
-            self.tensors[name] = tensor
+        self.tensors: dict[str, Tensor] = {name: structure.tensor(name) for name in structure.places}
         self.weights: dict[str, Weight] = {
             name: tensor.weight if isinstance(tensor, Slot) else Dense(tensor) for name, tensor in self.tensors.items()
         }
@@ -106,9 +102,7 @@ class FrozenBase:
         """
         found = self._read_versions()
         if found != self._versions:
-            changed = [
-                name for (name, _), was, now in zip(self._watched, self._versions, found, strict=True) if was != now
-            ]
+            changed = [name for (name, _), was, now in zip(self._watched, self._versions, found, strict=True) if was != now]
             self._versions = found
             self.epoch += 1
             self._fingerprint = None
@@ -136,7 +130,7 @@ class FrozenBase:
         return all(_same_memory(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the base: a hash of its names, shapes and types, and one of its values.
+        """What identifies the base: a hash of its names, shapes and types, and one of its values, buffers included.
 
         The values are sampled, up to 1,024 evenly spaced elements of each tensor, so that the cost does not grow with the
         model: another training run is noticed, a single changed element may not be.
@@ -152,6 +146,9 @@ class FrozenBase:
                     empty |= tensor.is_meta
                     if not tensor.is_meta:
                         values.update(_sample(tensor))
+            for name, attribute, module, buffer in self.structure.buffers():
+                if attribute not in module._non_persistent_buffers_set and not buffer.is_meta:
+                    values.update(name.encode() + _sample(buffer))
             self._fingerprint = {"structure": structure.hexdigest(), "values": "" if empty else values.hexdigest()}
         return dict(self._fingerprint)
 
@@ -234,4 +231,3 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     return a is b or (a.is_meta and b.is_meta) or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-

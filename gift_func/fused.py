@@ -31,7 +31,7 @@ def runs_fused(body: Structure, tensors: Collection[Tensor]) -> bool:
 
 def guards(body: Structure, adapted: Collection[str]) -> list[str]:
     """Parameters that must be slots too, lest an encoder with adapted layers packs its batch for unadapted ones."""
-    found = []
+    found: list[str] = []
     for path, module in body.modules.items():
         if not isinstance(module, nn.TransformerEncoder):
             continue

@@ -61,8 +61,11 @@ def summary(base: FrozenBase, rows: Iterable[tuple[str, Method, list[Tensor]]]) 
         shape = base.weights[name].shape if name in base.weights else tensors[0].shape
         table.append((name, "x".join(map(str, shape)), str(method) if name in base.weights else "new", f"{own:,}"))
     widths = [max(len(row[column]) for row in table) for column in range(4)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])]) for row in table]
+    lines = [
+        "  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])]) for row in table
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     frozen = sum(weight.shape.numel() for weight in base.weights.values())
-    lines.append(f"trained: {trained:,} parameters of {frozen + added:,} ({trained / max(frozen + added, 1):.3%}), in {len(table) - 1} places")
+    whole = frozen + added
+    lines.append(f"trained: {trained:,} parameters of {whole:,} ({trained / max(whole, 1):.3%}), in {len(table) - 1} places")
     return "\n".join(lines)

@@ -267,4 +267,3 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
-

@@ -91,6 +91,13 @@ class Structure:
         """A module that shares nothing with this copy but what `parameter_of` makes of each parameter."""
         return _copy(self.module, parameter_of, clone, share=False)
 
+    def tensor(self, name: str) -> nn.Parameter:
+        """What stands in a parameter's place."""
+        module, attribute = self.places[name][0]
+        found = module._parameters[attribute]
+        assert found is not None
+        return found
+
     def bind(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in a parameter's place, wherever the parameter is tied to."""
         for module, attribute in self.places[name]:
@@ -138,7 +145,7 @@ def _refuse(module: nn.Module) -> None:
                 )
 
 
-def _written_by(module: nn.Module) -> list[nn.Parameter]:
+def _written_by(module: nn.Module) -> list[Tensor]:
     """The parameters that a module writes to in its own forward."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         return [module.weight]
@@ -281,9 +288,7 @@ def _with_closure(function: types.FunctionType, memo: _Memo) -> types.FunctionTy
         made.append(types.CellType(found) if memo.hits > hits else cell)
     if memo.hits == before:
         return function
-    rebuilt = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(made)
-    )
+    rebuilt = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(made))
     rebuilt.__kwdefaults__ = function.__kwdefaults__
     rebuilt.__dict__.update(function.__dict__)
     return rebuilt

@@ -82,8 +82,8 @@ class LoRA(Method):
     # Named so because `init` is the method's function; the constructor's argument is `init`.
     initialization: Init = field(default="kaiming", metadata={"argument": "init"})
     train_bias: bool = False
-    rank_pattern: FrozenMap[int] = FrozenMap()
-    alpha_pattern: FrozenMap[float] = FrozenMap()
+    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
+    alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
     conv: Conv = "kernel"
     dtype: torch.dtype | None = None
     layout: Layout = field(default="matrix", repr=False)
@@ -114,12 +114,21 @@ class LoRA(Method):
             raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
         if conv not in get_args(Conv):
             raise AdaptError(f"conv is one of {', '.join(get_args(Conv))}, got conv={conv!r}")
-        values = dict(
-            rank=rank, alpha=alpha, rslora=rslora, dropout=dropout, initialization=init, train_bias=train_bias, conv=conv,
-            rank_pattern=FrozenMap(rank_pattern), alpha_pattern=FrozenMap(alpha_pattern), dtype=dtype, layout="matrix",
-        )  # fmt: skip
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        fields: dict[str, object] = {
+            "rank": rank,
+            "alpha": alpha,
+            "rslora": rslora,
+            "dropout": dropout,
+            "initialization": init,
+            "train_bias": train_bias,
+            "rank_pattern": FrozenMap(rank_pattern),
+            "alpha_pattern": FrozenMap(alpha_pattern),
+            "conv": conv,
+            "dtype": dtype,
+            "layout": "matrix",
+        }
+        for name, field_value in fields.items():
+            object.__setattr__(self, name, field_value)
 
     @property
     def scale(self) -> float:

@@ -80,7 +80,7 @@ class Method(ABC):
         Raises:
             AdaptError: for an unknown method or an unknown field.
         """
-        known = {kind.__name__: kind for kind in _subclasses(Method)}
+        known = {kind.__name__: kind for kind in _subclasses()}
         name = data.get("method")
         if name not in known:
             raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
@@ -149,7 +149,7 @@ def is_computed(module: nn.Module, param_name: str) -> bool:
     return parametrized or isinstance(module.__dict__.get(param_name), Tensor)
 
 
-def _subclasses(kind: type[Method]) -> Iterator[type[Method]]:
+def _subclasses(kind: Any = Method) -> Iterator[type[Method]]:
     for child in kind.__subclasses__():
         yield child
         yield from _subclasses(child)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import AdaptError
 from .call import current
+from .names import METADATA, WRITES
 from .value import Weight
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -87,7 +88,7 @@ class Slot(Tensor):
                 return result
         return func(*dense_of(args), **dense_of(kwargs))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"Slot({self.weight!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -126,27 +127,3 @@ def _refuse_writes(func: TorchFunction, args: tuple[Any, ...], kwargs: Mapping[s
             "the frozen base and the adapter and holds no memory of its own. Change the adapter's tensors instead "
             "(adapted.adapter[...]), or merge() the model and write to the result."
         )
-
-
-WRITES = frozenset(
-    "__set__ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ "
-    "__ixor__ __ilshift__ __irshift__ register_hook register_post_accumulate_grad_hook retain_grad backward".split()
-)
-
-_PROPERTIES = (
-    "shape ndim dtype device layout is_leaf grad_fn requires_grad grad _version _base output_nr is_cuda is_cpu is_xpu "
-    "is_mps is_meta is_mkldnn is_sparse is_sparse_csr is_quantized is_nested is_ipu is_maia is_mtia is_xla is_vulkan "
-    "itemsize nbytes names retains_grad _backward_hooks _grad_fn".split()
-)
-_METHODS = (
-    "size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex is_signed "
-    "is_conj is_neg is_inference get_device ndimension __len__ _is_view is_shared data_ptr is_pinned type_as_meta "
-    "is_same_size _is_zerotensor has_names dim_order".split()
-)
-_FUNCTIONS = "is_floating_point is_complex is_conj is_neg is_inference numel is_same_size is_signed".split()
-
-METADATA: frozenset[TorchFunction] = frozenset(
-    [getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)]
-    + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
-    + [getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)]
-)

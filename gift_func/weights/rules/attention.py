@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,36 +38,36 @@ def multi_head_attention_forward(
     Torch looks for overrides only among the packed weights. Handed the three parts of a packed
     weight as separate ones, it runs its usual course and meets them again in `F.linear`.
     """
-    separate = q_proj_weight, k_proj_weight, v_proj_weight
+    separate: Sequence[Tensor | None] = (q_proj_weight, k_proj_weight, v_proj_weight)
     if not use_separate_proj_weight and in_proj_weight is not None:
         third = in_proj_weight.shape[0] // 3
-        parts = [slice(i * third, (i + 1) * third) for i in range(3)]
-        if isinstance(in_proj_weight, Slot):
-            separate = tuple(Slot.of(in_proj_weight.weight[part]) for part in parts)  # type: ignore[assignment]
-        else:
-            separate = tuple(in_proj_weight[part] for part in parts)  # type: ignore[assignment]
-    out, out_bias = out_proj_weight, dense_of(out_proj_bias)
-    project = isinstance(out, Slot) and out.weight.needs_input
-    if project:
+        # A slice of a slot is a slot.
+        separate = [in_proj_weight[i * third : (i + 1) * third] for i in range(3)]
+    out_bias = dense_of(out_proj_bias)
+    late = isinstance(out_proj_weight, Slot) and out_proj_weight.weight.needs_input
+    if late:
         # Dropout acts on the heads' output, so the projection must come after torch is done.
-        identity = torch.eye(embed_dim_to_check, dtype=out.dtype, device=out.device)
-    attended, weights = F.multi_head_attention_forward(
-        *dense_of((query, key, value)),
+        passed = torch.eye(embed_dim_to_check, dtype=out_proj_weight.dtype, device=out_proj_weight.device)
+    else:
+        passed = dense_of(out_proj_weight)
+    attended, attention = F.multi_head_attention_forward(
+        dense_of(query),
+        dense_of(key),
+        dense_of(value),
         embed_dim_to_check,
         num_heads,
         None,
         dense_of(in_proj_bias),
-        *dense_of((bias_k, bias_v)),
+        dense_of(bias_k),
+        dense_of(bias_v),
         add_zero_attn,
         dropout_p,
-        identity if project else dense_of(out),
-        None if project else out_bias,
+        passed,
+        None if late else out_bias,
         use_separate_proj_weight=True,
         q_proj_weight=separate[0],
         k_proj_weight=separate[1],
         v_proj_weight=separate[2],
         **kwargs,
     )
-    if project:
-        attended = weight_of(out).linear(attended, out_bias)
-    return attended, weights
+    return (weight_of(out_proj_weight).linear(attended, out_bias) if late else attended), attention

@@ -32,7 +32,7 @@ def getitem(input: Tensor, index: Any) -> Any:
     if not isinstance(input, Slot) or isinstance(index, Slot):
         return NotImplemented
     one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and index.dtype != torch.bool)
-    if input.ndim >= 3 and one or input.ndim >= 2 and isinstance(index, slice):
+    if (input.ndim >= 3 and one) or (input.ndim >= 2 and isinstance(index, slice)):
         return Slot.of(input.weight[index])
     return NotImplemented
 

@@ -1,0 +1,192 @@
+"""The body of an adapted model: a private copy of the network with the adapter's weights bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import FrozenBase
+from .fused import fused_names, guards, runs_fused
+from .methods import Method
+from .structure import Structure, clone, join
+from .weights import Dense, Slot, Weight
+from .weights.call import Call, calling
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapted parameter.
+
+    Attributes:
+        name: the parameter's dotted name.
+        method: the method, settled for the parameter's site.
+        names: the method's own name of each tensor -> its global name.
+    """
+
+    name: str
+    method: Method
+    names: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A second copy, for calls with other tensors than the model's own.
+
+    Attributes:
+        structure: the copy.
+        signature: the body's, when the copy was made.
+        buffers: the modules that hold buffers, of the body and of the copy.
+    """
+
+    structure: Structure
+    signature: list[object]
+    buffers: list[tuple[nn.Module, nn.Module]]
+
+
+class Body:
+    """A private copy of the network in which, between calls, the model's own structured weights rest.
+
+    A call on those needs no binding, and a checkpoint that runs a part of it again in backward finds them in place. A
+    call on other tensors gets a copy of its own; so calls may overlap, in threads or in generators.
+
+    Args:
+        base: the frozen base.
+        structure: the copy, with private buffers; its module may differ from the base's where modules were replaced.
+        parts: the adapted parameters, by their names in this copy.
+    """
+
+    def __init__(self, base: FrozenBase, structure: Structure, parts: Sequence[Part]) -> None:
+        self.base = base
+        self.structure = structure
+        self.parts = tuple(parts)
+        self.module = structure.module
+        names = [part.name for part in parts]
+        self._fused = fused_names(structure, names)
+        self._guards = guards(structure, names)
+        paths = {id(module): path for path, module in structure.modules.items()}
+        # Every place of every adapted parameter, by the first dotted name of the module that holds it.
+        self._places = {
+            join(paths[id(module)], attribute): name for name in names for module, attribute in structure.places[name]
+        }
+        self._twins: list[Twin] = []
+        self._resting: Tensors = {}
+        self._slots: dict[str, Tensor] = {}
+
+    def rest(self, tensors: Tensors) -> None:
+        """Let the copy hold, between calls, the weights that these adapter tensors make."""
+        self._epoch = self.base.epoch
+        self._derived = {
+            part.name: self.base.derived(part.name, part.method) for part in self.parts if part.name in self.base.weights
+        }
+        self._resting = tensors
+        self._slots = {name: weight.tensor if isinstance(weight, Dense) else Slot.of(weight)
+                       for name, weight in self.weights(tensors).items()}  # fmt: skip
+        for name in self._guards:
+            self._slots[name] = Slot.of(self.base.weights[name])
+        for name, tensor in self._slots.items():
+            self.structure.bind(name, tensor)
+        self._twins = []
+
+    def rebase(self, base: FrozenBase) -> None:
+        """Exchange the base for a moved or cast one; `rest` must follow."""
+        if base is not self.base:
+            names = {id(tensor): name for name, tensor in self.base.tensors.items()}
+            for name in self.structure.places:
+                origin = names.get(id(self.structure.tensor(name)))
+                if origin is not None:
+                    self.structure.bind(name, base.tensors[origin])
+            self.base = base
+
+    def weights(self, tensors: Tensors) -> dict[str, Weight]:
+        """The structured weights that adapter tensors make of the base's, by the name of the parameter."""
+        made: dict[str, Weight] = {}
+        for part in self.parts:
+            own = {local: tensors[name] for local, name in part.names.items()}
+            if part.name in self.base.weights:
+                weight = part.method.weight(self.base.weights[part.name], {**self._derived[part.name], **own})
+                made[part.name] = weight if self.structure.places[part.name][0][0].training else weight.eval()
+            else:  # a module that an action put in: its parameters are the adapter's
+                made[part.name] = Dense(own[""])
+        return made
+
+    def forward(self, tensors: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the network on the tensors that stand in the adapter's places now."""
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, {}, args, kwargs)
+        resting = all(map(is_, tensors.values(), self._resting.values()))
+        if resting and not (self._fused and runs_fused(self.structure, tensors.values())):
+            with self.calling():
+                return self.module(*args, **kwargs)
+        # torch.func.functional_call put others there, say: as with any module, buffers are then written in place.
+        with self._bound(tensors, {}, private_buffers=False) as module:
+            return module(*args, **kwargs)
+
+    def pure_forward(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward on any tensors and buffers; nothing of the model is written to."""
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, buffers, args, kwargs)
+        with self._bound(tensors, buffers, private_buffers=True) as module:
+            return module(*args, **kwargs)
+
+    @contextmanager
+    def calling(self) -> Iterator[Call]:
+        """Around every use of the copy: look after the base, and for checkpoints."""
+        if self.base.watch() != self._epoch:
+            self.rest(self._resting)
+        with calling() as call:
+            yield call
+
+    def _traced(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A trace knows neither threads nor checkpoints that outlive it, so torch's own binding will do.
+        weights = self.weights(tensors)
+        slots = {name: w.tensor if isinstance(w, Dense) else Slot.of(w) for name, w in weights.items()}
+        placed = {place: slots[name] for place, name in self._places.items()}
+        return torch.func.functional_call(self.module, {**placed, **buffers}, args, kwargs, tie_weights=False)
+
+    @contextmanager
+    def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[nn.Module]:
+        """A copy with these tensors in place, to this call alone.
+
+        It goes back for the next call unless a checkpoint was met: that will run parts of the copy again in backward
+        and must find the same tensors there, so the copy is left to it.
+        """
+        with self.calling() as call:
+            twin = self._lease()
+            for source, target in twin.buffers:
+                fresh = private_buffers and source.training
+                target._buffers.update({k: clone(b) if fresh and b is not None else b for k, b in source._buffers.items()})
+            for name, buffer in buffers.items():
+                module_name, _, attribute = name.rpartition(".")
+                twin.structure.modules[module_name]._buffers[attribute] = buffer
+            fused = self._fused if runs_fused(self.structure, tensors.values()) else frozenset()
+            for name, weight in self.weights(tensors).items():
+                twin.structure.bind(name, weight.dense() if name in fused else Slot.of(weight))
+            if fused:
+                for name in self._guards:
+                    twin.structure.bind(name, self.base.tensors[name])
+            yield twin.structure.module
+            if not call.checkpointed:
+                for name, tensor in self._slots.items():
+                    twin.structure.bind(name, tensor)
+                self._twins.append(twin)
+
+    def _lease(self) -> Twin:
+        signature = self.structure.signature()
+        while self._twins:
+            try:
+                twin = self._twins.pop()
+            except IndexError:  # another thread took the last one
+                break
+            if len(signature) == len(twin.signature) and all(map(is_, signature, twin.signature)):
+                return twin
+        structure = self.structure.copy()
+        pairs = zip(self.structure.modules.values(), structure.modules.values(), strict=True)
+        return Twin(structure, signature, [(mine, other) for mine, other in pairs if mine._buffers])

@@ -1,0 +1,158 @@
+"""The native file: one safetensors file with an adapter's tensors, its strategy, and its base's fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from .adapt import base_of, readapt
+from .adapted import AdaptedModel
+from .base import FrozenBase
+from .errors import AdaptError, FileError, StateError
+from .methods import Method
+from .strategy import Strategy
+
+FORMAT = "gift_func.adapter"
+VERSION = 1
+
+
+def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
+    """Write an adapter to one safetensors file.
+
+    The file holds `adapter_state_dict()`, the strategy as JSON and the base's fingerprint. It is written beside its
+    place and then moved there, so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        adapted: the adapted model. Where actions of the seed's protocol replaced modules, its strategy is not data and is
+            left out; `load_adapter` then asks for it.
+        path: the file, `*.safetensors` by convention.
+
+    Raises:
+        AdaptError: if a selector of the strategy is a Python function; nothing was written then.
+
+    Example:
+        >>> import torch, gift_func as gf, tempfile, os
+        >>> model = torch.nn.Linear(4, 2)
+        >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> gf.save_adapter(gf.adapt(model, gf.LoRA(rank=2)), path)
+        >>> list(gf.load_adapter(model, path).adapter)
+        ['lora_B', 'lora_A']
+    """
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "strategy": json.dumps(adapted.strategy and adapted.strategy.to_dict()),
+        "base": json.dumps(adapted._body.base.fingerprint()),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in adapted.adapter_state_dict().items()}
+    meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if meta is not None:
+        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
+    _write(Path(path), safetensors_bytes(_unshared(tensors), header))
+
+
+def load_adapter(
+    model: nn.Module | FrozenBase,
+    path: str | os.PathLike[str],
+    *,
+    check_base: bool = True,
+    strategy: Method | Mapping[str, Method] | Strategy | Iterable[Any] | None = None,
+) -> AdaptedModel:
+    """Read an adapter file onto a model. Nothing is unpickled, and nothing is imported by a name in the file.
+
+    Args:
+        model: the model the adapter was made for; it is not touched. An `AdaptedModel` is loaded upon on top.
+        path: a file of `save_adapter`.
+        check_base: refuse a file that was made for a base of other names, shapes, types or values.
+        strategy: the strategy, for a file whose own could not be written as data.
+
+    Returns:
+        The adapted model as it was saved: same outputs, in the training mode of `model`.
+
+    Raises:
+        FileError: if the file is missing, truncated or no adapter file; if it was made for another base; if its tensors do
+            not fit its strategy on this model.
+        AdaptError: if the strategy does not fit the model.
+    """
+    tensors, header = _read(Path(path))
+    rules = _strategy(header, path) if strategy is None else strategy
+    base = base_of(model)
+    if check_base:
+        _check_base(json.loads(header["base"]), base.fingerprint(), path)
+    try:
+        return readapt(base, rules, tensors)
+    except StateError as error:
+        raise FileError(f"{os.fspath(path)} does not fit its strategy on this model: {error}") from None
+
+
+def _strategy(header: Mapping[str, str], path: str | os.PathLike[str]) -> Strategy:
+    data = json.loads(header["strategy"])
+    if data is None:
+        raise FileError(
+            f"{os.fspath(path)} was made by a strategy whose actions replaced modules, which no file can hold. Pass the same "
+            "one: load_adapter(model, path, strategy=...)."
+        )
+    return Strategy.from_dict(data)
+
+
+def _check_base(saved: Mapping[str, str], found: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+    told = "Load it on the base it was made for, or pass check_base=False."
+    if saved.get("structure") != found["structure"]:
+        raise FileError(f"{os.fspath(path)} was made for another base: parameter names, shapes or element types differ. {told}")
+    if saved.get("values") and found["values"] and saved["values"] != found["values"]:
+        raise FileError(f"{os.fspath(path)} was made for another base: names and shapes agree, the values differ. {told}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    if header.get("format") != FORMAT:
+        raise FileError(
+            f"{path} is a safetensors file but not one of save_adapter. For PEFT's directories use gf.interop.peft, for "
+            "kohya's files gf.interop.kohya."
+        )
+    if header.get("version") != str(VERSION):
+        raise FileError(f"{path} has format version {header.get('version')}, this release reads version {VERSION}")
+    try:
+        for key in ("strategy", "base"):
+            json.loads(header[key])
+    except (KeyError, ValueError):
+        raise FileError(f"{path} lacks a readable header entry {key!r}; it was changed after it was saved") from None
+    return tensors, header
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors refuses two names of one memory."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return found

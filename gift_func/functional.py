@@ -1,0 +1,77 @@
+"""`functional_call`: an adapted model as a pure function of its adapter's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .adapted import AdaptedModel
+from .errors import StateError, nearest
+
+Tensors = Mapping[str, Tensor]
+
+
+def functional_call(
+    model: AdaptedModel,
+    params: Tensors | Sequence[Tensors],
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    strict: bool = False,
+) -> Any:
+    """Call an adapted model with other tensors in its adapter's places: pure, for `torch.func`.
+
+    Nothing is written: not to the model, and not to its buffers (a BatchNorm in training writes to a copy; give its
+    buffers among `params` to keep what it writes).
+
+    Args:
+        model: an adapted model.
+        params: tensors under global names, as of `named_trainable_parameters()` or `adapter_state_dict()`, or several such
+            dicts; names as of `named_parameters()` and `named_buffers()` are understood too. Those not named are the
+            model's own.
+        args: positional arguments; anything but a tuple is a single one.
+        kwargs: keyword arguments.
+        strict: require every name of the adapter.
+
+    Returns:
+        What the model's forward returns.
+
+    Raises:
+        StateError: for an unknown name, a name given twice, or, if strict, a missing one.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(4, 2), gf.LoRA(rank=1, init="random"))
+        >>> params = dict(adapted.named_trainable_parameters())
+        >>> loss = lambda params, x: gf.functional_call(adapted, params, (x,)).sum()
+        >>> per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, torch.randn(3, 4))
+        >>> per_sample["lora_A"].shape
+        torch.Size([3, 1, 4])
+    """
+    if not isinstance(model, AdaptedModel):
+        raise TypeError(f"expected an AdaptedModel, got a {type(model).__name__}; use torch.func.functional_call for others")
+    tensors = model.adapter.current()
+    given: set[str] = set()
+    buffers: dict[str, Tensor] = {}
+    for group in [params] if isinstance(params, Mapping) else params:
+        for name, tensor in group.items():
+            plain = name
+            if name not in tensors and name.startswith("adapter."):
+                inner = name.removeprefix("adapter.")
+                plain = model.adapter.tree_names.get(inner, inner)
+            if plain in given:
+                raise StateError(f"{plain!r} is given twice")
+            given.add(plain)
+            if plain in tensors:
+                tensors[plain] = tensor
+            elif plain in model._body.structure.buffer_names:
+                buffers[plain] = tensor
+            else:
+                raise StateError(f"the adapter has no {name!r}; {nearest(name, tensors)}")
+    if strict and not given.issuperset(tensors):
+        missing = next(name for name in tensors if name not in given)
+        raise StateError(f"strict=True needs every tensor of the adapter, and {missing!r} is missing")
+    args = () if args is None else args if isinstance(args, tuple) else (args,)
+    return model._body.pure_forward(tensors, buffers, args, dict(kwargs or {}))

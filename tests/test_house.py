@@ -1,0 +1,72 @@
+"""The house: a file imports only from floors below it, and private torch modules from one file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gift_func
+
+ROOT = Path(gift_func.__file__).parent
+FLOORS = [
+    ["errors", "weights._torch"],
+    ["weights.call", "weights.names", "weights.value"],
+    ["weights.low_rank", "weights.slot", "weights.spectral"],
+    ["weights.rules.attention", "weights.rules.convolution", "weights.rules.embedding", "weights.rules.products",
+     "weights.rules.views"],
+    ["weights.rules"],
+    ["weights"],
+    ["structure", "select"],
+    ["methods.method"],
+    ["methods.full"],
+    ["methods.lora"],
+    ["methods.svdiff"],
+    ["methods"],
+    ["base", "fused"],
+    ["strategy", "adapter", "show"],
+    ["body", "surgery"],
+    ["adapted"],
+    ["adapt", "factories", "functional"],
+    ["files", "strategies", "utils"],
+]  # fmt: skip
+HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> list[str]:
+    """The dotted names, inside the package, of the files that a file imports."""
+    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            prefix = [part for part in package[: len(package) - node.level + 1] if part]
+            for target in [*prefix, *(node.module or "").split(".")], *(
+                [*prefix, *(node.module or "").split("."), alias.name] for alias in node.names
+            ):
+                name = ".".join(part for part in target if part)
+                if name in HEIGHT:
+                    found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=[name_of(path) or "gift_func" for path in FILES])
+def test_imports_go_down(path: Path) -> None:
+    name = name_of(path)
+    if not name:
+        return
+    assert name in HEIGHT, f"{name} stands on no floor: add it to FLOORS"
+    for other in imports(path):
+        inside = name == other or other.startswith(f"{name}.") or name.startswith(f"{other}.")
+        assert inside or HEIGHT[other] < HEIGHT[name], f"{name} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=[name_of(path) or "gift_func" for path in FILES])
+def test_files_are_one_idea_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350
