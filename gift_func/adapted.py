@@ -205,8 +205,10 @@ class AdaptedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModel:
         tensors = {}
         for name, parameter in self.adapter.items():
-            tensors[name] = nn.Parameter(clone(parameter), requires_grad=parameter.requires_grad)
-            tensors[name].grad = None if parameter.grad is None else clone(parameter.grad)
+            known = memo.get(id(parameter))
+            copied = nn.Parameter(clone(parameter), requires_grad=parameter.requires_grad)
+            copied.grad = None if parameter.grad is None else clone(parameter.grad)
+            tensors[name] = known if isinstance(known, nn.Parameter) else memo.setdefault(id(parameter), copied)
         structure = Structure(self._body.structure.detached())
         made = memo[id(self)] = AdaptedModel(self._body.base, structure, self.parts, tensors, self.strategy)
         return made

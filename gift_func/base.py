@@ -41,7 +41,7 @@ class FrozenBase:
         self._watched = [
             (name, tensor)
             for name, tensor in self.tensors.items()
-            if not isinstance(tensor, Slot) and not tensor.is_inference()
+            if not isinstance(tensor, Slot) and not tensor.is_inference() and name not in structure.written
         ]
         self._versions = self._read_versions()
         self.epoch = 0
@@ -193,10 +193,10 @@ class BaseView:
         for name, module in self._copy.modules.items():
             module.training = getattr(self._body.modules.get(name), "training", module.training)
         # A frozen base keeps the statistics it came with, whatever a forward in train mode writes.
-        for (_, attribute, module, _), (*_, pristine) in zip(
-            self._copy.buffers(), self._frozen.structure.buffers(), strict=False
-        ):
-            module._buffers[attribute] = pristine.clone() if module.training else pristine
+        pristine = {name: buffer for name, _, _, buffer in self._frozen.structure.buffers()}
+        for name, attribute, module, _ in list(self._copy.buffers()):
+            if name in pristine:
+                module._buffers[attribute] = pristine[name].clone() if module.training else pristine[name]
         return self._copy.module
 
 

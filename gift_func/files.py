@@ -20,7 +20,7 @@ from .errors import AdaptError, FileError, StateError
 from .methods import Method
 from .strategy import Strategy
 
-FORMAT = "gift_func.adapter"
+KEY = "gift_func"
 VERSION = 1
 
 
@@ -47,16 +47,16 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
         ['lora_B', 'lora_A']
     """
     header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "strategy": json.dumps(adapted.strategy and adapted.strategy.to_dict()),
-        "base": json.dumps(adapted._body.base.fingerprint()),
+        "version": VERSION,
+        "strategy": adapted.strategy and adapted.strategy.to_dict(),
+        "base": adapted._body.base.fingerprint(),
     }
     tensors = {name: tensor.contiguous() for name, tensor in adapted.adapter_state_dict().items()}
     meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if meta is not None:
         raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
-    _write(Path(path), safetensors_bytes(_unshared(tensors), header))
+    # One entry: safetensors writes several in no fixed order, and equal adapters are to make equal files.
+    _write(Path(path), safetensors_bytes(_unshared(tensors), {KEY: json.dumps(header)}))
 
 
 def load_adapter(
@@ -86,15 +86,15 @@ def load_adapter(
     rules = _strategy(header, path) if strategy is None else strategy
     base = base_of(model)
     if check_base:
-        _check_base(json.loads(header["base"]), base.fingerprint(), path)
+        _check_base(header["base"], base.fingerprint(), path)
     try:
         return readapt(base, rules, tensors)
     except StateError as error:
         raise FileError(f"{os.fspath(path)} does not fit its strategy on this model: {error}") from None
 
 
-def _strategy(header: Mapping[str, str], path: str | os.PathLike[str]) -> Strategy:
-    data = json.loads(header["strategy"])
+def _strategy(header: Mapping[str, Any], path: str | os.PathLike[str]) -> Strategy:
+    data = header["strategy"]
     if data is None:
         raise FileError(
             f"{os.fspath(path)} was made by a strategy whose actions replaced modules, which no file can hold. Pass the same "
@@ -111,27 +111,24 @@ def _check_base(saved: Mapping[str, str], found: Mapping[str, str], path: str | 
         raise FileError(f"{os.fspath(path)} was made for another base: names and shapes agree, the values differ. {told}")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            text = (file.metadata() or {}).get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
-    if header.get("format") != FORMAT:
-        raise FileError(
-            f"{path} is a safetensors file but not one of save_adapter. For PEFT's directories use gf.interop.peft, for "
-            "kohya's files gf.interop.kohya."
-        )
-    if header.get("version") != str(VERSION):
-        raise FileError(f"{path} has format version {header.get('version')}, this release reads version {VERSION}")
+    if text is None:
+        raise FileError(f"{path} is a safetensors file, but not one of save_adapter")
     try:
-        for key in ("strategy", "base"):
-            json.loads(header[key])
-    except (KeyError, ValueError):
-        raise FileError(f"{path} lacks a readable header entry {key!r}; it was changed after it was saved") from None
+        header = json.loads(text)
+        version, _, _ = header["version"], header["strategy"], header["base"]["structure"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{path} has an unreadable header, so it was changed after it was saved: {error!r}") from None
+    if version != VERSION:
+        raise FileError(f"{path} has format version {version}, this release reads version {VERSION}")
     return tensors, header
 
 

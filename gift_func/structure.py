@@ -45,6 +45,7 @@ class Structure:
         places: for every parameter's first dotted name, the modules and attributes that hold it: more than one
             where the parameter is tied.
         names: for every parameter's first dotted name, all dotted names that lead to it.
+        written: the parameters that the network writes to in its own forward.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -58,6 +59,8 @@ class Structure:
                 if parameter is not None:
                     name = first.setdefault(id(parameter), join(module_name, attribute))
                     self.places.setdefault(name, []).append((child, attribute))
+        writers = {id(parameter) for child in self.modules.values() for parameter in _written_by(child)}
+        self.written = {name for name in self.places if id(self.tensor(name)) in writers}
         for module_name, child in module.named_modules(remove_duplicate=False):
             for attribute, parameter in child._parameters.items():
                 if parameter is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -77,7 +77,7 @@ class Operation:
     changed: bool
 
 
-def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | None = None) -> Operation:
+def perform(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | None = None) -> Operation:
     """Walk a private copy from outside to inside; at every module the first check that holds has its action run.
 
     An action may return a module, which takes the place of the one it was called for; a method, or a dict from names of
@@ -126,6 +126,18 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
     return Operation(body, walk.placements, fresh, changed)
 
 
+def operate(body: Structure, caps: Sequence[Cap]) -> Operation:
+    """Until `adapt` calls `perform`: the walk alone."""
+    before = _census(body.module)
+    walk = _Walk(body, caps)
+    if walk.run() is not body.module:
+        raise AdaptError("an action replaced the whole model; wrap it in a module to have it replaced")
+    after = _census(body.module)
+    changed = len(before) != len(after) or not all(map(is_, before, after))
+    walk.check_found(changed)
+    return Operation(body, walk.placements, {}, changed)
+
+
 class _Walk:
     """One pass of a strategy over a private copy."""
 
@@ -149,10 +161,9 @@ class _Walk:
         if root._modules:
             rules = [(index, cap) for index, cap in rules if isinstance(cap[1], Pure)]
         self._visit(holder, "model", "", rules)
-        if root._modules and holder.model is root:
+        if root._modules and holder.get_submodule("model") is root:
             self._below(root, "")
-        made: nn.Module = holder.model
-        return made
+        return holder.get_submodule("model")
 
     def check_found(self, changed: bool = False) -> None:
         """Raise if nothing came of the walk."""
@@ -218,7 +229,9 @@ class _Walk:
         if isinstance(outcome, Mapping):
             unknown = [name for name in outcome if name not in sites]
             if unknown:
-                raise AdaptError(f"an action gave a method for {unknown[0]!r} of {where}, which has {', '.join(sites) or 'none'}")
+                raise AdaptError(
+                    f"an action gave a method for {unknown[0]!r} of {where}, which has {', '.join(sites) or 'none'}"
+                )
             chosen = [(sites[name], method) for name, method in outcome.items()]
             for site, method in chosen:
                 reason = method.refuses(site)
@@ -293,12 +306,7 @@ def _census(root: nn.Module) -> list[object]:
 
 
 def _parameters(body: Structure) -> dict[str, nn.Parameter]:
-    found = {}
-    for name, ((module, attribute), *_) in body.places.items():
-        parameter = module._parameters[attribute]
-        assert parameter is not None
-        found[name] = parameter
-    return found
+    return {name: body.tensor(name) for name in body.places}
 
 
 @contextmanager

@@ -47,8 +47,9 @@ def imports(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             prefix = [part for part in package[: len(package) - node.level + 1] if part]
-            for target in [*prefix, *(node.module or "").split(".")], *(
-                [*prefix, *(node.module or "").split("."), alias.name] for alias in node.names
+            for target in (
+                [*prefix, *(node.module or "").split(".")],
+                *([*prefix, *(node.module or "").split("."), alias.name] for alias in node.names),
             ):
                 name = ".".join(part for part in target if part)
                 if name in HEIGHT:

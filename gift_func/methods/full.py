@@ -26,6 +26,9 @@ class Full(Method):
         ['bias']
     """
 
+    def refuses(self, site: Site) -> str | None:
+        return None if site.parameter.dtype.is_complex else super().refuses(site)
+
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"": site.parameter.detach().clone()}
 

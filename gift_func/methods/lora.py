@@ -188,7 +188,8 @@ class LoRA(Method):
         if self.initialization == "gaussian":
             a.normal_(std=1 / rank, generator=generator)
         elif self.initialization == "orthogonal":
-            mix = torch.empty(rank, rank, dtype=torch.float32, device=parameter.device).normal_(generator=generator)
+            wide = dtype if dtype == torch.float64 else torch.float32
+            mix = torch.empty(rank, rank, dtype=wide, device=parameter.device).normal_(generator=generator)
             q = torch.linalg.qr(mix).Q.to(dtype) / 10
             half = torch.empty(*lead, rank // 2, columns, dtype=dtype, device=parameter.device)
             a = q[0::2].mT @ half.normal_(generator=generator)

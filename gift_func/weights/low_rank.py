@@ -74,13 +74,13 @@ class LowRank(OnBase):
         change = conv(F.dropout(x, self.dropout), self._change().to(x.dtype), None)
         return add_scaled(self.base.convolve(x, conv, bias), change, self.scale)
 
-    def lookup(self, pick: Callable[[Tensor], Tensor], ids: Tensor, padding_idx: int | None) -> Tensor:
+    def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if not self._is_matrix or self.dropout:
-            return super().lookup(pick, ids, padding_idx)
+            return super().lookup(pick, padding)
         change = pick(self.left) @ self.right
-        if padding_idx is not None:
-            change = torch.where((ids == padding_idx).unsqueeze(-1), change.detach(), change)
-        return add_scaled(self.base.lookup(pick, ids, padding_idx), change, self.scale)
+        if padding is not None:  # `pick` keeps the gradient from the left factor, this from the right one
+            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
+        return add_scaled(self.base.lookup(pick, padding), change, self.scale)
 
     @property
     def mT(self) -> Weight:

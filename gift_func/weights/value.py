@@ -68,8 +68,13 @@ class Weight(ABC):
         """`conv(x, W, bias)`, where `conv` knows stride, padding and the rest, and is linear in x and in W."""
         return conv(x, self.dense(), bias)
 
-    def lookup(self, pick: Callable[[Tensor], Tensor], ids: Tensor, padding_idx: int | None) -> Tensor:
-        """`pick(W)`: the rows of W that `ids` name; no gradient flows from row `padding_idx`."""
+    def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        """`pick(W)`, where `pick` chooses and adds up rows and is linear in W.
+
+        Args:
+            pick: e.g. `F.embedding` for fixed indices.
+            padding: which of the picked rows are padding, whose gradient is not wanted; None for none.
+        """
         return pick(self.dense())
 
     @property

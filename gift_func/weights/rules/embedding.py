@@ -27,9 +27,9 @@ def embedding(
         padding_idx += weight.shape[0]
 
     def pick(rows: Tensor) -> Tensor:
-        return F.embedding(input, rows)
+        return F.embedding(input, rows, padding_idx)
 
-    return weight.weight.lookup(pick, input, padding_idx)
+    return weight.weight.lookup(pick, None if padding_idx is None else input == padding_idx)
 
 
 @rule(F.embedding_bag)
@@ -61,4 +61,4 @@ def embedding_bag(
             padding_idx=padding_idx,
         )
 
-    return weight.weight.lookup(pick, input, None)
+    return weight.weight.lookup(pick, None)

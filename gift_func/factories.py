@@ -1,0 +1,213 @@
+"""Factories of checks and actions for the seed's strategies: `c_...` make checks, `a_...` make actions.
+
+Checks are called with `(parent_module, name, global_name, class_name, layer_obj)`, actions with the same and the rule's
+parameters. What these factories return is plain frozen data with a `__call__`: it compares, prints and pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from .errors import AdaptError
+from .methods import Method
+from .select import qualified
+from .surgery import Action, Check, Pure
+
+Outcome = Method | Mapping[str, Method]
+
+
+def c_name_equal(name: str) -> Check:
+    """A check that holds for modules of this name in their parent: `"q_proj"`, not `"layers.0.q_proj"`."""
+    return _Among("name", (_one(name, "c_name_equal"),))
+
+
+def c_name_in(names: Iterable[str]) -> Check:
+    """A check that holds for modules whose name in their parent is one of these.
+
+    Raises:
+        TypeError: for a single string, whose letters would be taken for names; `c_name_equal` takes one name.
+    """
+    return _Among("name", _several(names, "c_name_in", "c_name_equal"))
+
+
+def c_cname_equal(class_name: str) -> Check:
+    """A check that holds for modules whose class has this very name; `c_type` takes subclasses too."""
+    return _Among("class_name", (_one(class_name, "c_cname_equal"),))
+
+
+def c_cname_in(class_names: Iterable[str]) -> Check:
+    """A check that holds for modules whose class has one of these very names; `c_type` takes subclasses too.
+
+    Raises:
+        TypeError: for a single string, whose letters would be taken for names; `c_cname_equal` takes one name.
+    """
+    return _Among("class_name", _several(class_names, "c_cname_in", "c_cname_equal"))
+
+
+c_name_func = c_name_equal
+c_cname_func = c_cname_equal
+
+
+def c_type(*classes: type[nn.Module]) -> Check:
+    """A check that holds for modules of these classes and of their subclasses.
+
+    Example:
+        >>> import torch, gift_func.factories as fts
+        >>> check = fts.c_type(torch.nn.Linear)
+        >>> attention = torch.nn.MultiheadAttention(4, 1)  # its out_proj is of a subclass of Linear
+        >>> check(attention, "out_proj", "out_proj", "NonDynamicallyQuantizableLinear", attention.out_proj)
+        True
+    """
+    return _IsInstance(classes)
+
+
+def a_replace(replace: Callable[..., nn.Module]) -> Action:
+    """An action that puts what a function makes of a module in that module's place.
+
+    Args:
+        replace: called as `replace(layer_obj, **paras)` with the rule's parameters; returns the new module. It may write
+            to `layer_obj`, which is a private copy, and it may build the new module around it: what it leaves as it
+            was stays frozen, everything else becomes a trained entry of the adapter.
+
+    Example:
+        >>> import torch, gift_func as gf, gift_func.factories as fts
+        >>> widen = fts.a_replace_func(lambda layer_obj, width: torch.nn.Linear(layer_obj.in_features, width))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapted = gf.adapt(model, [(fts.c_cname_func("Linear"), widen, {"width": 8})])
+        >>> adapted(torch.zeros(1, 4)).shape, model(torch.zeros(1, 4)).shape
+        (torch.Size([1, 8]), torch.Size([1, 2]))
+    """
+    return _Replace(replace)
+
+
+a_replace_func = a_replace
+
+
+def a_adapt(method: Method | type[Method] | Callable[..., Outcome]) -> Action:
+    """An action that adapts a module's parameters by a method.
+
+    Args:
+        method: a method, of which the rule's parameters change fields; or a method's class, which they are the
+            arguments of; or a function that is called as `method(layer_obj, **paras)` and returns a method, or a dict
+            from names of the module's parameters to methods.
+
+    Example:
+        >>> import torch, gift_func as gf, gift_func.factories as fts
+        >>> rule = (fts.c_cname_func("Linear"), fts.a_adapt_func(gf.LoRA), {"rank": 2})
+        >>> list(gf.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), [rule]).adapter)
+        ['0.lora_B', '0.lora_A']
+    """
+    if isinstance(method, Method):
+        return _Adapt(method)
+    if isinstance(method, type):
+        if issubclass(method, Method):
+            return _Adapt(method)
+    elif callable(method):
+        return AdaptBy(method)
+    raise TypeError(f"a_adapt takes a method such as gf.LoRA(rank=8), its class, or a function, got {method!r}")
+
+
+a_adapt_func = a_adapt
+
+
+@dataclass(frozen=True)
+class _Among:
+    what: Literal["name", "class_name"]
+    wanted: tuple[str, ...]
+
+    def __call__(self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module) -> bool:
+        return (name if self.what == "name" else class_name) in self.wanted
+
+    def __repr__(self) -> str:
+        return f"<{self.what} is {' or '.join(map(repr, self.wanted))}>"
+
+
+@dataclass(frozen=True)
+class _IsInstance:
+    classes: tuple[type[nn.Module], ...]
+
+    def __call__(self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module) -> bool:
+        return isinstance(layer_obj, self.classes)
+
+    def __repr__(self) -> str:
+        return f"<is a {' or '.join(kind.__name__ for kind in self.classes)}>"
+
+
+@dataclass(frozen=True)
+class _Replace:
+    replace: Callable[..., nn.Module]
+
+    def __call__(
+        self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module, **paras: Any
+    ) -> nn.Module:
+        made = self.replace(layer_obj, **paras)
+        if not isinstance(made, nn.Module):
+            raise AdaptError(
+                f"{_called(self.replace)} is to replace {global_name!r} and must return a module, but it returned a "
+                f"{type(made).__name__}"
+            )
+        return made
+
+    def __repr__(self) -> str:
+        return f"<replace by {_called(self.replace)}>"
+
+
+@dataclass(frozen=True)
+class _Adapt(Pure):
+    method: Method | type[Method]
+
+    def __call__(
+        self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module, **paras: Any
+    ) -> Method:
+        if isinstance(self.method, type):
+            return self.method(**paras)
+        return Method.from_dict({**self.method.to_dict(), **paras}) if paras else self.method
+
+    def __repr__(self) -> str:
+        return f"<adapt by {self.method.__name__ if isinstance(self.method, type) else self.method}>"
+
+
+@dataclass(frozen=True)
+class AdaptBy:
+    """An action that adapts a module by the method, or the dict of methods, that a function makes for it."""
+
+    function: Callable[..., Outcome]
+
+    def __call__(
+        self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module, **paras: Any
+    ) -> Outcome:
+        """What `function(layer_obj, **paras)` returns."""
+        made = self.function(layer_obj, **paras)
+        if not isinstance(made, (Method, Mapping)):
+            raise AdaptError(
+                f"{_called(self.function)} is to adapt {global_name!r} and must return a method such as gf.LoRA(), or a dict "
+                f"from parameter names to methods, but it returned a {type(made).__name__}"
+            )
+        return made
+
+    def __repr__(self) -> str:
+        return f"<adapt by {_called(self.function)}>"
+
+
+class AdaptByReading(AdaptBy, Pure):
+    """The same for functions known not to write to the module, which spares a copy of the model's parameters."""
+
+
+def _called(function: Callable[..., Any]) -> str:
+    return qualified(function) if isinstance(function, type) else getattr(function, "__qualname__", repr(function))
+
+
+def _one(name: str, factory: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{factory} takes one name, got {name!r}")
+    return name
+
+
+def _several(names: Iterable[str], factory: str, single: str) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"{factory} takes several names, such as [{names!r}], got the string {names!r}; {single} takes one")
+    return tuple(names)
