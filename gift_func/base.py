@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BaseChangedWarning
+from .errors import BaseChangedWarning, outside
 from .methods import Method
 from .select import Site
 from .structure import Structure
@@ -114,7 +114,7 @@ class FrozenBase:
                 f"the frozen base was written to in place after adapt: {shown}. Adapted outputs follow the new values, "
                 "while adapters were made for the old ones. Restore the tensors, or adapt a copy of the model.",
                 BaseChangedWarning,
-                stacklevel=5,
+                stacklevel=outside(),
             )
         return self.epoch
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .base import FrozenBase
 from .fused import fused_names, guards, runs_fused
 from .methods import Method
-from .structure import Structure, clone, join
+from .structure import Signature, Structure, clone, join
 from .weights import Dense, Slot, Weight
 from .weights.call import Call, calling
 
@@ -42,12 +42,14 @@ class Twin:
 
     Attributes:
         structure: the copy.
-        signature: the body's, when the copy was made.
+        source: the body's signature when the copy was made.
+        signature: the copy's own.
         buffers: the modules that hold buffers, of the body and of the copy.
     """
 
     structure: Structure
-    signature: list[object]
+    source: Signature
+    signature: Signature
     buffers: list[tuple[nn.Module, nn.Module]]
 
 
@@ -155,8 +157,8 @@ class Body:
     def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[nn.Module]:
         """A copy with these tensors in place, to this call alone.
 
-        It goes back for the next call unless a checkpoint was met: that will run parts of the copy again in backward
-        and must find the same tensors there, so the copy is left to it.
+        It goes back for the next call unless this one changed its attributes, or met a checkpoint: that will run parts
+        of the copy again in backward and must find the same tensors there, so the copy is left to it.
         """
         with self.calling() as call:
             twin = self._lease()
@@ -173,20 +175,21 @@ class Body:
                 for name in self._guards:
                     twin.structure.bind(name, self.base.tensors[name])
             yield twin.structure.module
-            if not call.checkpointed:
+            if not call.checkpointed and twin.signature.agrees(twin.structure.signature()):
                 for name, tensor in self._slots.items():
                     twin.structure.bind(name, tensor)
                 self._twins.append(twin)
 
     def _lease(self) -> Twin:
-        signature = self.structure.signature()
+        source = self.structure.signature()
         while self._twins:
             try:
                 twin = self._twins.pop()
             except IndexError:  # another thread took the last one
                 break
-            if len(signature) == len(twin.signature) and all(map(is_, signature, twin.signature)):
+            if twin.source.agrees(source):
                 return twin
         structure = self.structure.copy()
         pairs = zip(self.structure.modules.values(), structure.modules.values(), strict=True)
-        return Twin(structure, signature, [(mine, other) for mine, other in pairs if mine._buffers])
+        buffers = [(mine, other) for mine, other in pairs if mine._buffers]
+        return Twin(structure, source, structure.signature(), buffers)

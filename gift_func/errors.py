@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+import torch
 
 
 class AdaptError(ValueError):
@@ -33,3 +38,14 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     if not close:
         return "there are none"
     return "the nearest are " + ", ".join(repr(choice) for choice in close)
+
+
+_INSIDE = (os.path.dirname(__file__), os.path.dirname(torch.__file__), contextlib.__file__)
+
+
+def outside() -> int:
+    """The `stacklevel` with which a warning of the caller names the first line outside of this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -17,8 +17,7 @@ class _Shown(nn.Module):
     def __init__(self, module: nn.Module, methods: list[str]) -> None:
         super().__init__()
         head, *rest = repr(module).split("\n")
-        note = f"  <- {', '.join(methods)}"
-        self.text = "\n".join([head + note, *rest] if not rest else [f"{head}{note}", *rest])
+        self.text = "\n".join([f"{head}  <- {', '.join(methods)}", *rest])
 
     def __repr__(self) -> str:
         return self.text
@@ -37,7 +36,7 @@ def tree(body: Structure, methods: Mapping[str, Method]) -> str:
             continue
         note = _Shown(module, notes[id(module)])
         if not path:
-            return f"AdaptedModel(\n  {note!r}\n)".replace("\n", "\n  ").replace("\n  )", "\n)")
+            return repr(note)
         for parent in shown.modules.values():
             for child_name, child in parent._modules.items():
                 if child is module:

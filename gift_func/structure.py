@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
+from operator import is_
 from typing import Any
 
 import torch
@@ -34,6 +36,10 @@ def _same(tensor: Any) -> Any:
 def clone(tensor: Tensor) -> Tensor:
     """A detached copy."""
     return tensor.detach().clone()
+
+
+_SIMPLE = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
+_OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 class Structure:
@@ -80,19 +86,19 @@ class Structure:
             alias = parameter.detach()
             return nn.Parameter(alias.clone() if id(parameter) in writers else alias, requires_grad=False)
 
-        return Structure(_copy(module, frozen, clone, share=False))
+        return Structure(_copy(module, frozen, clone))
 
     def copy(self, buffer_of: Callable[[Tensor], Tensor] = _same) -> Structure:
-        """Another private copy, with the same tensors and the same plain attributes.
+        """Another private copy, with the same parameters.
 
         Args:
             buffer_of: what the copy holds for a buffer; by default the very same one.
         """
-        return Structure(_copy(self.module, _same, buffer_of, share=True))
+        return Structure(_copy(self.module, _same, buffer_of))
 
     def detached(self, parameter_of: Callable[[Any], Tensor] = _same) -> nn.Module:
         """A module that shares nothing with this copy but what `parameter_of` makes of each parameter."""
-        return _copy(self.module, parameter_of, clone, share=False)
+        return _copy(self.module, parameter_of, clone)
 
     def tensor(self, name: str) -> nn.Parameter:
         """What stands in a parameter's place."""
@@ -119,13 +125,45 @@ class Structure:
         """The dotted names of all buffers."""
         return {name for name, *_ in self.buffers()}
 
-    def signature(self) -> list[object]:
-        """The attributes of every module of the tree: other objects, if any was set to something else."""
+    def signature(self) -> Signature:
+        """What the modules of the tree hold besides parameters and buffers, comparable between two moments.
+
+        It looks at the attributes of every module, and into lists, dicts, sets and objects that are attributes.
+        """
         found: list[object] = []
+        versions: list[int] = []
+        seen: set[int] = set()
         for module in self.modules.values():
-            found.extend(module.__dict__.values())
-            found.extend(module._modules.values())
-        return found
+            own = module.__dict__
+            found.extend(own.values())
+            found.extend(own["_modules"].values())
+            for attribute, value in own.items():
+                # A binding exchanges parameters and a forward may write buffers: they are no part of this.
+                if type(value) in _SIMPLE or attribute in _OWN or (not value and isinstance(value, Mapping)):
+                    continue
+                if isinstance(value, Tensor):
+                    versions.append(0 if value.is_inference() else value._version)
+                elif isinstance(value, Mapping):
+                    found.extend(value.values())
+                elif isinstance(value, (list, tuple, set, frozenset, deque)):
+                    found.extend(value)
+                elif id(value) not in seen and hasattr(value, "__dict__"):
+                    seen.add(id(value))
+                    found.extend(value.__dict__.values())
+        return Signature(found, versions)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The objects that a structure's attributes held at a moment, and how often its plain tensors had been written."""
+
+    objects: list[object]
+    versions: list[int]
+
+    def agrees(self, other: Signature) -> bool:
+        """Whether nothing was set, added, removed or written between the two moments."""
+        same = len(self.objects) == len(other.objects) and all(map(is_, self.objects, other.objects))
+        return same and self.versions == other.versions
 
 
 def join(module_name: str, attribute: str) -> str:
@@ -155,48 +193,37 @@ def _written_by(module: nn.Module) -> list[Tensor]:
     return []
 
 
-def _copy(
-    root: nn.Module, parameter_of: Callable[[Any], Tensor], buffer_of: Callable[[Tensor], Tensor], share: bool
-) -> nn.Module:
+def _copy(root: nn.Module, parameter_of: Callable[[Any], Tensor], buffer_of: Callable[[Tensor], Tensor]) -> nn.Module:
     memo = _Memo()
-    modules = list(root.modules())
-    for module in modules:
+    named = list(root.named_modules())
+    for _, module in named:
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 memo.put(parameter, parameter_of(parameter))
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo.put(buffer, buffer_of(buffer))
-    whole = [module for module in modules if not _is_ordinary(module)]
-    for module in modules:
-        if _is_ordinary(module):
-            memo.put(module, object.__new__(type(module)))
-    for name, module in root.named_modules():
-        if _is_ordinary(module):
-            filled = memo[id(module)].__dict__
-            for attribute, value in module.__dict__.items():
-                try:
-                    filled[attribute] = _copied(value, memo, share and attribute not in _OWN)
-                except AdaptError:
-                    raise
-                except Exception as error:
-                    raise AdaptError(
-                        f"attribute {attribute!r} of {name or 'the model'} ({type(module).__name__}) holds a "
-                        f"{type(value).__name__} that cannot be copied ({error}). A private copy of the model's structure "
-                        "is needed; give that object a __deepcopy__, or set it up outside of the model."
-                    ) from None
-    for module in whole:
-        if id(module) not in memo:
-            copy.deepcopy(module, memo)
-    made: nn.Module = memo[id(root)]
+    ordinary = [(name, module) for name, module in named if _is_ordinary(module)]
+    for _, module in ordinary:
+        memo.put(module, object.__new__(type(module)))
+    for name, module in ordinary:
+        filled = memo[id(module)].__dict__
+        for attribute, value in module.__dict__.items():
+            try:
+                filled[attribute] = _deep(value, memo)
+            except AdaptError:
+                raise
+            except Exception as error:
+                raise AdaptError(
+                    f"attribute {attribute!r} of {name or 'the model'} ({type(module).__name__}) holds a "
+                    f"{type(value).__name__} that cannot be copied ({error}). A private copy of the model's structure "
+                    "is needed; give that object a __deepcopy__, or set it up outside of the model."
+                ) from None
+    made: nn.Module = _deep(root, memo)
     for module in made.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
     return made
-
-
-# Every copy has these dictionaries to itself, whatever else copies of one adapted model share.
-_OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _is_ordinary(module: nn.Module) -> bool:
@@ -225,19 +252,6 @@ class _Memo(dict[int, Any]):
         if key in self.parts:
             self.hits += 1
         return super().get(key, default)
-
-
-def _copied(value: Any, memo: _Memo, share: bool) -> Any:
-    """A copy whose references into the module tree lead to the copied tree.
-
-    Args:
-        share: return the value itself where it holds no such reference.
-    """
-    if isinstance(value, _ATOMS):
-        return value
-    before = memo.hits
-    made = _deep(value, memo)
-    return value if share and memo.hits == before else made
 
 
 def _deep(value: Any, memo: _Memo) -> Any:

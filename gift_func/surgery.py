@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ from .structure import Structure, clone, join
 Check = Callable[[nn.Module, str, str, str, nn.Module], bool]
 Action = Callable[..., Any]
 Cap = tuple[Check, Action, dict[str, Any]]
+
+
+class Rules(Protocol):
+    """What can be iterated over by index alone, as the seed's plain strategies can."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Pure:

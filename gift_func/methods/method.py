@@ -22,6 +22,9 @@ class Method(ABC):
 
     A subclass defines `init` and `weight`; everything else has a default.
 
+    A field with metadata `settled` is set by `at` and is not written as data; one with metadata `argument` goes by that
+    name in the constructor.
+
     Attributes:
         frozen: names of the tensors of `init` that are kept and saved but not trained.
     """
@@ -67,6 +70,8 @@ class Method(ABC):
         """The method as plain data (JSON): the constructor's arguments, without those at their default."""
         data: dict[str, Any] = {"method": type(self).__name__}
         for field in fields(self):  # type: ignore[arg-type]
+            if field.metadata.get("settled"):
+                continue
             value = getattr(self, field.name)
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             if value != default:
@@ -100,7 +105,7 @@ class Method(ABC):
 
     def __str__(self) -> str:
         """The method as it would be written: what stands at its default is left out."""
-        parts = [f"{key}={value}" for key, value in self.to_dict().items() if key != "method"]
+        parts = [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "method"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def but(self, **changes: Any) -> Self:

@@ -8,34 +8,39 @@ gradient of every weight inside, with no more than a warning.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from ..errors import CheckpointError
 from ._torch import inside_gradless_checkpoint, saved_tensor_hooks
+from .value import Weight
 
 
 class Call:
-    """What held when a call began, and whether a checkpoint was met on the way."""
+    """What held when a call began, and whether a checkpoint was met on the way.
+
+    Attributes:
+        grad: whether gradients were on; if not, there is nothing to look for.
+        hooks: the saved-tensor hooks in force.
+        checkpointed: whether an operation on a weight ran inside a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.grad = torch.is_grad_enabled()
         self.hooks = saved_tensor_hooks()
         self.checkpointed = False
 
-    def look(self, needs_grad: bool) -> None:
-        """Notice a checkpoint around the operation that is about to run.
+    def look(self, weights: Iterable[Weight]) -> None:
+        """Notice a checkpoint around the operation on weights that is about to run.
 
         Raises:
-            CheckpointError: if the operation's weight needs a gradient that a checkpoint would drop.
+            CheckpointError: if a weight needs a gradient that a checkpoint would drop.
         """
-        if not self.grad:
-            return
         if not torch.is_grad_enabled():
             self.checkpointed = True
-            if needs_grad and inside_gradless_checkpoint():
+            if any(weight.requires_grad for weight in weights) and inside_gradless_checkpoint():
                 raise CheckpointError(
                     "a reentrant checkpoint (use_reentrant=True) runs adapted layers on inputs of which none requires "
                     "grad, so their adapters would get no gradient. Use use_reentrant=False, or make the input "

@@ -78,15 +78,16 @@ class Slot(Tensor):
                 return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
             call = current()
-            if call is not None:
-                call.look(any(a.weight.requires_grad for a in args if isinstance(a, Slot)))
-            _refuse_writes(func, args, kwargs)
+            if call is not None and call.grad:
+                call.look(a.weight for a in args if isinstance(a, Slot))
         act = RULES.get(func)
         if act is not None:
             result = act(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*dense_of(args), **dense_of(kwargs))
+        if not torch.compiler.is_compiling():
+            _refuse_writes(func, args, kwargs)
+        return func(*dense_tree(args), **dense_tree(kwargs))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"Slot({self.weight!r})"
@@ -110,16 +111,21 @@ def weight_of(tensor: Tensor) -> Weight:
     return tensor.weight
 
 
-def dense_of(tree: Any) -> Any:
-    """The same arguments with every slot replaced by its dense weight."""
+def dense_of(argument: Any) -> Any:
+    """A slot's dense weight; anything else as it is."""
+    return argument.weight.dense() if isinstance(argument, Slot) else argument
+
+
+def dense_tree(tree: Any) -> Any:
+    """The same arguments with every slot, however deep in lists, replaced by its dense weight."""
     return tree_map_only(Slot, lambda slot: slot.weight.dense(), tree)
 
 
 def _refuse_writes(func: TorchFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     name = getattr(func, "__name__", "")
     target = kwargs.get("out")
-    if target is None and args and (name in WRITES or (name.endswith("_") and not name.endswith("__"))):
-        target = args[0]
+    if target is None and (name in WRITES or (name.endswith("_") and not name.endswith("__"))):
+        target = next(iter((*args, *kwargs.values())), None)
     slots = [item for item in (target if isinstance(target, (tuple, list)) else [target]) if isinstance(item, Slot)]
     if slots:
         raise AdaptError(

@@ -20,11 +20,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
-def matmul(input: Tensor, other: Tensor) -> Any:
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Any:
+    if out is not None:
+        return NotImplemented
     if isinstance(other, Slot) and other.ndim >= 2:
-        return other.weight.mT.linear(dense_of(input))
+        return _act(other.weight.mT, dense_of(input))
     if isinstance(input, Slot) and input.ndim >= 2:
-        return _from_left(input.weight, dense_of(other))
+        # W @ y is the transpose of yᵀ @ Wᵀ.
+        other = dense_of(other)
+        return _act(input.weight, other) if other.ndim == 1 else input.weight.linear(other.mT).mT
     return NotImplemented
 
 
@@ -34,9 +38,9 @@ def rmatmul(self: Tensor, other: Tensor) -> Any:
 
 
 @rule(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: None = None) -> Any:
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Any:
     slot = mat2 if isinstance(mat2, Slot) else mat1
-    if not isinstance(slot, Slot):
+    if not isinstance(slot, Slot) or out is not None:
         return NotImplemented
     input = dense_of(input)
     if slot is mat2 and input.ndim == 1 and slot.ndim == 2 and beta == 1 and alpha == 1:
@@ -45,8 +49,8 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
     return torch.add(input if beta == 1 else input * beta, product, alpha=alpha)
 
 
-def _from_left(weight: Weight, other: Tensor) -> Tensor:
-    """`W @ other`, as the transpose of `otherᵀ @ Wᵀ`."""
-    if other.ndim == 1:
-        return weight.linear(other)
-    return weight.linear(other.mT).mT
+def _act(weight: Weight, x: Tensor) -> Tensor:
+    """`x @ W.mT`; a vector meets every matrix of a stack."""
+    if x.ndim == 1 and weight.ndim > 2:
+        return weight.linear(x.unsqueeze(0)).squeeze(-2)
+    return weight.linear(x)
