@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gift_func.factories as fts
-from gift_func import adapt
+from gift_func import Full, adapt
 from gift_func.strategies import DeBugStrategy, FineTuningStrategy, LoRAFullFineTuningStrategy
 from gift_func.utils import num_trainable_parameters, trainable_parameters
 
@@ -115,7 +115,8 @@ class ExampleMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The seed's text says `return self.mlp(x)`: there is no such attribute, so its example cannot be called.
-        return self.out_model(self.mid_model(self.in_model(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.out_model(self.mid_model(self.in_model(x)))
+        return out
 
 
 example_mlp = ExampleMLP()
@@ -131,10 +132,14 @@ class ExampleStrategy:
     """Replaces every linear layer by a convolution."""
 
     def __init__(self) -> None:
-        def check_function(parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module) -> bool:
+        def check_function(
+            parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module
+        ) -> bool:
             return class_name == "Linear"
 
-        def action_function(parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module) -> None:
+        def action_function(
+            parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module
+        ) -> None:
             print("Parent Module", parent_module)
             print("Layer name:", name)
             print("Global name:", global_name)
@@ -202,5 +207,14 @@ assert LoRAFullFineTuningStrategy().paras() == {
     "lora_paras": {"rank": 3, "lora_alpha": None, "lora_dropout": 0.0, "train_bias": False}
 }
 
-# Strategies add up (the first check that holds decides), and one for debugging prints what its checks find.
-first_and_rest = FineTuningStrategy([(fts.c_name_equal("in_model"), fts.a_adapt_func(nn_full := gf_full()))])
+# Strategies add up (at each module the first check that holds decides), and one for debugging tells what checks find.
+input_layer = FineTuningStrategy([(fts.c_name_func("in_model"), fts.a_adapt_func(Full()))])
+mixed = adapt(example_mlp, DeBugStrategy(input_layer + LoRAFullFineTuningStrategy(rank=2)))
+assert list(mixed.adapter)[:4] == ["in_model.weight", "in_model.bias", "mid_model.layers.0.lora_B", "mid_model.layers.0.lora_A"]
+
+# --- 6. The user's models are what they were
+
+assert unchanged(mlp, mlp_before)
+assert unchanged(example_mlp, example_before)
+assert num_trainable_parameters(mlp) == 40_701
+print("Both models are bit for bit what they were.")

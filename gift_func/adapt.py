@@ -16,12 +16,12 @@ from .errors import AdaptError
 from .methods import Full, Method
 from .strategy import Placement, Strategy
 from .structure import Structure, clone
-from .surgery import caps_of, is_protocol, operate
+from .surgery import Rules, caps_of, is_protocol, operate
 
 
 def adapt(
     model: nn.Module | FrozenBase,
-    strategy: Method | Mapping[str, Method] | Strategy | Iterable[Any],
+    strategy: Method | Mapping[str, Method] | Strategy | Iterable[Any] | Rules,
     *,
     generator: torch.Generator | None = None,
 ) -> AdaptedModel:
@@ -32,7 +32,8 @@ def adapt(
             adapted on top: its own adapter is frozen as it is now. A `FrozenBase` spares copying the structure again.
         strategy: a method (which takes its usual sites), a dict from glob patterns to methods (first match wins), a
             `Strategy`, or the seed's protocol, an iterable of (check, action[, paras]).
-        generator: what initial values are drawn from; without one they come from torch's global generator.
+        generator: what initial values are drawn from, those of modules that actions make too; without one they come from
+            torch's global generator.
 
     Returns:
         The adapted model: an ordinary `nn.Module` whose parameters are exactly the adapter's.
@@ -53,7 +54,7 @@ def adapt(
     def draw(placement: Placement) -> dict[str, Tensor]:
         return placement.method.init(placement.site, generator)
 
-    return _adapt(model, strategy, draw)
+    return _adapt(model, strategy, draw, generator)
 
 
 def readapt(model: nn.Module | FrozenBase, strategy: Any, state: Mapping[str, Tensor]) -> AdaptedModel:
@@ -62,33 +63,24 @@ def readapt(model: nn.Module | FrozenBase, strategy: Any, state: Mapping[str, Te
     Raises:
         StateError: if the tensors are not those that the strategy asks for.
     """
-    return _adapt(model, strategy, _shapes).with_adapter(state)
+    return _adapt(model, strategy, _shapes, torch.Generator()).with_adapter(state)
 
 
-def _adapt(model: nn.Module | FrozenBase, strategy: Any, initial: Callable[[Placement], dict[str, Tensor]]) -> AdaptedModel:
+def _adapt(
+    model: nn.Module | FrozenBase,
+    strategy: Any,
+    initial: Callable[[Placement], dict[str, Tensor]],
+    generator: torch.Generator | None = None,
+) -> AdaptedModel:
     protocol = is_protocol(strategy)
     rules = None if protocol else Strategy.of(strategy)
     base = base_of(model)
     if rules is not None:
         plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
         return _assemble(base, base.structure.copy(clone), rules.place(base, plain), {}, rules, initial)
-    caps = caps_of(strategy)
-    # An action may write to what it is handed, so it is handed copies; what it left alone becomes an alias again.
-    body = Structure(base.structure.detached(_writable))
-    before: dict[int, tuple[str, Tensor, int]] = {}
-    for name, origin in zip(body.places, base.structure.places, strict=True):
-        before[id(body.tensor(name))] = origin, body.tensor(name), body.tensor(name)._version
-    operation = operate(body, caps)
-    body, fresh = Structure(body.module), {}
-    for name in body.places:
-        tensor = body.tensor(name)
-        known = before.get(id(tensor))
-        if known is not None and tensor._version == known[2]:
-            body.bind(name, base.tensors[known[0]])
-        else:
-            fresh[name] = nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad)
-    rules = None if operation.changed or fresh else Strategy.by_name(operation.placements)
-    return _assemble(base, body, operation.placements, fresh, rules, initial)
+    operation = operate(base, caps_of(strategy), generator)
+    rules = None if operation.changed else Strategy.by_name(operation.placements)
+    return _assemble(base, operation.body, operation.placements, operation.fresh, rules, initial)
 
 
 def base_of(model: nn.Module | FrozenBase) -> FrozenBase:
@@ -111,10 +103,6 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
         structure.bind(name, as_tensor(weight.eval()))
     trainable = frozenset(structure.places) & (body.base.trainable | {part.name for part in body.parts})
     return FrozenBase(structure, trainable)
-
-
-def _writable(parameter: Tensor) -> Tensor:
-    return nn.Parameter(clone(parameter), requires_grad=parameter.dtype.is_floating_point)
 
 
 def _shapes(placement: Placement) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ class Operation:
     changed: bool
 
 
-def perform(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | None = None) -> Operation:
+def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | None = None) -> Operation:
     """Walk a private copy from outside to inside; at every module the first check that holds has its action run.
 
     An action may return a module, which takes the place of the one it was called for; a method, or a dict from names of
@@ -131,18 +131,6 @@ def perform(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         if name not in fresh:
             body.bind(name, base.tensors[origins[id(tensor)]])
     return Operation(body, walk.placements, fresh, changed)
-
-
-def operate(body: Structure, caps: Sequence[Cap]) -> Operation:
-    """Until `adapt` calls `perform`: the walk alone."""
-    before = _census(body.module)
-    walk = _Walk(body, caps)
-    if walk.run() is not body.module:
-        raise AdaptError("an action replaced the whole model; wrap it in a module to have it replaced")
-    after = _census(body.module)
-    changed = len(before) != len(after) or not all(map(is_, before, after))
-    walk.check_found(changed)
-    return Operation(body, walk.placements, {}, changed)
 
 
 class _Walk:

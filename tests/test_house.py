@@ -12,8 +12,9 @@ import gift_func
 ROOT = Path(gift_func.__file__).parent
 FLOORS = [
     ["errors", "weights._torch"],
-    ["weights.call", "weights.names", "weights.value"],
-    ["weights.low_rank", "weights.slot", "weights.spectral"],
+    ["weights.names", "weights.value"],
+    ["weights.call", "weights.low_rank", "weights.spectral"],
+    ["weights.slot"],
     ["weights.rules.attention", "weights.rules.convolution", "weights.rules.embedding", "weights.rules.products",
      "weights.rules.views"],
     ["weights.rules"],

@@ -86,7 +86,7 @@ class LoRA(Method):
     alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
     conv: Conv = "kernel"
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, metadata={"settled": True})
+    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
 
     def __init__(
         self,

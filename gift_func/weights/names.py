@@ -17,7 +17,7 @@ _PROPERTIES = """
 _METHODS = """
     size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex is_signed is_conj
     is_neg is_inference get_device ndimension __len__ _is_view is_shared is_pinned is_same_size _is_zerotensor has_names
-    dim_order
+    dim_order untyped_storage storage _typed_storage storage_type data_ptr _has_symbolic_sizes_strides
 """.split()
 
 _FUNCTIONS = "is_floating_point is_complex is_conj is_neg is_inference numel is_same_size is_signed".split()

@@ -1,15 +1,22 @@
-"""`F.multi_head_attention_forward`, which reads its weights without calling a linear layer."""
+"""`F.multi_head_attention_forward`, which reads its weights without calling a linear layer.
+
+Torch's own function cannot be lent slots: it looks for overrides first and would come back here, and
+Dynamo does not dispatch a second time inside of a rule. So the function is restated around weights
+that project by themselves. Shapes: L target and S source length, N batch, H heads, E embedding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..slot import Slot, dense_of, rule, weight_of
+from ..slot import Slot, dense_of, rule
+from ..value import Weight, as_weight
 
 
 @rule(F.multi_head_attention_forward)
@@ -27,47 +34,107 @@ def multi_head_attention_forward(
     dropout_p: float,
     out_proj_weight: Tensor,
     out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
     use_separate_proj_weight: bool = False,
     q_proj_weight: Tensor | None = None,
     k_proj_weight: Tensor | None = None,
     v_proj_weight: Tensor | None = None,
-    **kwargs: Any,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
 ) -> Any:
-    """Torch's own function, with every projection left to the weights.
-
-    Torch looks for overrides only among the packed weights. Handed the three parts of a packed
-    weight as separate ones, it runs its usual course and meets them again in `F.linear`.
-    """
-    separate: Sequence[Tensor | None] = (q_proj_weight, k_proj_weight, v_proj_weight)
-    if not use_separate_proj_weight and in_proj_weight is not None:
-        third = in_proj_weight.shape[0] // 3
-        # A slice of a slot is a slot.
-        separate = [in_proj_weight[i * third : (i + 1) * third] for i in range(3)]
-    out_bias = dense_of(out_proj_bias)
-    late = isinstance(out_proj_weight, Slot) and out_proj_weight.weight.needs_input
-    if late:
-        # Dropout acts on the heads' output, so the projection must come after torch is done.
-        passed = torch.eye(embed_dim_to_check, dtype=out_proj_weight.dtype, device=out_proj_weight.device)
+    bias_k, bias_v = dense_of(bias_k), dense_of(bias_v)
+    batched = query.ndim == 3
+    if not batched:
+        alike = query is key and key is value
+        query = query.unsqueeze(1)
+        key, value = (query, query) if alike else (key.unsqueeze(1), value.unsqueeze(1))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    batch = query.shape[1]
+    if is_causal and attn_mask is None:
+        raise RuntimeError("is_causal is a hint about attn_mask, so attn_mask must be given with it")
+    if is_causal and key_padding_mask is None and not need_weights:
+        mask = None  # scaled_dot_product_attention makes the causal mask itself
     else:
-        passed = dense_of(out_proj_weight)
-    attended, attention = F.multi_head_attention_forward(
-        dense_of(query),
-        dense_of(key),
-        dense_of(value),
-        embed_dim_to_check,
-        num_heads,
-        None,
-        dense_of(in_proj_bias),
-        dense_of(bias_k),
-        dense_of(bias_v),
-        add_zero_attn,
-        dropout_p,
-        passed,
-        None if late else out_bias,
-        use_separate_proj_weight=True,
-        q_proj_weight=separate[0],
-        k_proj_weight=separate[1],
-        v_proj_weight=separate[2],
-        **kwargs,
-    )
-    return (weight_of(out_proj_weight).linear(attended, out_bias) if late else attended), attention
+        mask = _additive(attn_mask, query.dtype)
+        is_causal = is_causal and key_padding_mask is None
+
+    bias = dense_of(in_proj_bias)
+    if in_proj_weight is not None and query is key and key is value:
+        q, k, v = _weight(in_proj_weight).linear(query, bias).chunk(3, dim=-1)
+    else:
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        weights = _projections(separate if use_separate_proj_weight else in_proj_weight)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (w.linear(x, b) for w, x, b in zip(weights, (query, key, value), biases, strict=True))
+
+    padding = _additive(key_padding_mask, query.dtype)
+    if bias_k is not None and bias_v is not None:
+        k, v = torch.cat([k, bias_k.repeat(1, batch, 1)]), torch.cat([v, bias_v.repeat(1, batch, 1)])
+        mask, padding = _one_more(mask), _one_more(padding)
+    q = _heads(q, num_heads)
+    k = _heads(k, num_heads) if static_k is None else static_k
+    v = _heads(v, num_heads) if static_v is None else static_v
+    if add_zero_attn:
+        nothing = torch.zeros(k.shape[0], 1, k.shape[2], dtype=k.dtype, device=k.device)
+        k, v = torch.cat([k, nothing], dim=1), torch.cat([v, nothing], dim=1)
+        mask, padding = _one_more(mask), _one_more(padding)
+    if mask is not None and mask.ndim == 2:
+        mask = mask.unsqueeze(0)
+    if padding is not None:
+        spread = padding.view(batch, 1, 1, -1).expand(-1, num_heads, -1, -1).reshape(batch * num_heads, 1, -1)
+        mask = spread if mask is None else mask + spread
+
+    dropout = dropout_p if training else 0.0
+    attention: Tensor | None = None
+    if need_weights:
+        scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.mT
+        attention = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        if dropout:
+            attention = F.dropout(attention, dropout)
+        mixed = rearrange(attention @ v, "(n h) l d -> l n (h d)", h=num_heads)
+        attention = rearrange(attention, "(n h) l s -> n h l s", h=num_heads)
+        attention = attention.mean(dim=1) if average_attn_weights else attention
+    else:
+        if mask is not None:
+            mask = mask.unsqueeze(0) if mask.shape[0] == 1 else rearrange(mask, "(n h) l s -> n h l s", h=num_heads)
+        q, k, v = (rearrange(t, "(n h) l d -> n h l d", h=num_heads) for t in (q, k, v))
+        mixed = rearrange(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), "n h l d -> l n (h d)")
+    attended = _weight(out_proj_weight).linear(mixed, dense_of(out_proj_bias))
+    if not batched:
+        attended = attended.squeeze(1)
+        attention = None if attention is None else attention.squeeze(0)
+    return attended, attention
+
+
+def _weight(tensor: Tensor) -> Weight:
+    return tensor.weight if isinstance(tensor, Slot) else as_weight(tensor)
+
+
+def _projections(packed: Any) -> list[Weight]:
+    """The query's, key's and value's projections, out of one packed weight or three."""
+    if isinstance(packed, tuple):
+        return [_weight(weight) for weight in packed]
+    weight = _weight(packed)
+    third = weight.shape[0] // 3
+    return [weight[i * third : (i + 1) * third] for i in range(3)]
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return rearrange(x, "l n (h d) -> (n h) l d", h=num_heads)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as something to add: minus infinity where a boolean one is true."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _one_more(mask: Tensor | None) -> Tensor | None:
+    """The mask for one more source position, which is not masked."""
+    return None if mask is None else F.pad(mask, (0, 1))
