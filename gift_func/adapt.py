@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from .base import FrozenBase, as_tensor
 from .body import Part
 from .errors import AdaptError
 from .methods import Full, Method
+from .select import Site
 from .strategy import Placement, Strategy
 from .structure import Structure, clone
 from .surgery import Rules, caps_of, is_protocol, operate
@@ -51,10 +52,7 @@ def adapt(
         ['0.bias', '1.bias', '1.lora_A', '1.lora_B']
     """
 
-    def draw(placement: Placement) -> dict[str, Tensor]:
-        return placement.method.init(placement.site, generator)
-
-    return _adapt(model, strategy, draw, generator)
+    return _adapt(model, strategy, Drawn(generator), generator)
 
 
 def readapt(model: nn.Module | FrozenBase, strategy: Any, state: Mapping[str, Tensor]) -> AdaptedModel:
@@ -63,13 +61,13 @@ def readapt(model: nn.Module | FrozenBase, strategy: Any, state: Mapping[str, Te
     Raises:
         StateError: if the tensors are not those that the strategy asks for.
     """
-    return _adapt(model, strategy, _shapes, torch.Generator()).with_adapter(state)
+    return _adapt(model, strategy, Shapes(), torch.Generator()).with_adapter(state)
 
 
 def _adapt(
     model: nn.Module | FrozenBase,
     strategy: Any,
-    initial: Callable[[Placement], dict[str, Tensor]],
+    initial: Initial,
     generator: torch.Generator | None = None,
 ) -> AdaptedModel:
     protocol = is_protocol(strategy)
@@ -105,11 +103,38 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
     return FrozenBase(structure, trainable)
 
 
-def _shapes(placement: Placement) -> dict[str, Tensor]:
-    """The method's tensors without values, and without a draw from any generator."""
-    parameter = placement.site.parameter
-    bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    return placement.method.init(replace(placement.site, parameter=bare), None)
+class Initial:
+    """Where an adapter's initial tensors come from."""
+
+    generator: torch.Generator | None = None
+
+    def site(self, site: Site) -> Site:
+        """The site as the method is shown it."""
+        return site
+
+    def own(self, placement: Placement) -> dict[str, Tensor]:
+        """The tensors of one placement."""
+        return placement.method.init(self.site(placement.site), self.generator)
+
+    def common(self, rule: Method, placements: Sequence[Placement]) -> dict[str, Tensor]:
+        """The tensors that all placements of a rule share."""
+        return rule.common([self.site(placement.site) for placement in placements], self.generator)
+
+
+class Drawn(Initial):
+    """Drawn from a generator, or from torch's global one."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.generator = generator
+
+
+class Shapes(Initial):
+    """Without values, and without a draw from any generator: for tensors that are about to be given."""
+
+    def site(self, site: Site) -> Site:
+        """The site with a parameter that has a shape and a type only."""
+        bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
+        return replace(site, parameter=bare)
 
 
 def _assemble(
@@ -118,24 +143,33 @@ def _assemble(
     placements: list[Placement],
     fresh: Mapping[str, nn.Parameter],
     strategy: Strategy | None,
-    initial: Callable[[Placement], dict[str, Tensor]],
+    initial: Initial,
 ) -> AdaptedModel:
     """Draw the adapter's tensors and put the adapted model together."""
     parts = []
     tensors: dict[str, nn.Parameter] = {}
+
+    def add(name: str, tensor: Tensor, trained: bool) -> None:
+        if name in tensors or name in fresh:
+            raise AdaptError(f"two adapted parameters would both name a tensor {name!r}; adapt one of them by another method")
+        tensors[name] = nn.Parameter(tensor.detach(), requires_grad=trained)
+
+    shared_names: dict[int, list[str]] = {}
+    groups: dict[int, list[Placement]] = {}
     for placement in placements:
-        method = placement.method
+        groups.setdefault(id(placement.rule), []).append(placement)
+    for placement in placements:
         with torch.no_grad():
-            made = initial(placement)
-        names = {}
+            made = initial.own(placement)
+            group = groups[id(placement.rule)]
+            shared = initial.common(placement.rule, group) if placement is group[0] else {}
+        for local, tensor in shared.items():
+            add(local, tensor, trained=False)
         for local, tensor in made.items():
-            name = names[local] = placement.full_name(local)
-            if name in tensors or name in fresh:
-                raise AdaptError(
-                    f"two adapted parameters would both name a tensor {name!r}; adapt one of them by another method"
-                )
-            tensors[name] = nn.Parameter(tensor.detach(), requires_grad=local not in method.frozen)
-        parts.append(Part(placement.name, method, names))
+            add(placement.full_name(local), tensor, trained=local not in placement.method.frozen)
+        common = shared_names.setdefault(id(placement.rule), list(shared))
+        names = {local: placement.full_name(local) for local in made} | {local: local for local in common}
+        parts.append(Part(placement.name, placement.method, names))
     for name, parameter in fresh.items():
         tensors[name] = parameter
         parts.append(Part(name, Full(), {"": name}))

@@ -69,6 +69,7 @@ class AdaptedModel(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_body" not in self.__dict__:
                 raise
+        self._body.settle(self.adapter.current())
         module = self._body.module
         try:
             found = getattr(module, name)
@@ -174,6 +175,7 @@ class AdaptedModel(nn.Module):
         Its parameters require grad where the original model's did; its buffers are this model's. Where the adapter's
         element type is wider than the weight's, the sum is formed in the wider and rounded once.
         """
+        self._body.settle(self.adapter.current())
         base, structure = self._body.base, self._body.structure
         learned = {
             id(structure.tensor(name)) for name in structure.places if name in base.trainable or name not in base.weights

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BaseChangedWarning, outside
+from .fused import fused_names, runs_fused
 from .methods import Method
 from .select import Site
 from .structure import Structure
@@ -38,6 +39,7 @@ class FrozenBase:
         self.weights: dict[str, Weight] = {
             name: tensor.weight if isinstance(tensor, Slot) else Dense(tensor) for name, tensor in self.tensors.items()
         }
+        self.slots = frozenset(name for name, tensor in self.tensors.items() if isinstance(tensor, Slot))
         self._watched = [
             (name, tensor)
             for name, tensor in self.tensors.items()
@@ -176,10 +178,15 @@ class BaseView:
         self._frozen = base
         self._body = body
         self._copy = base.structure.copy()
+        self._fused = fused_names(self._copy, base.slots)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward."""
-        return self._ready()(*args, **kwargs)
+        module = self._ready()
+        fused = runs_fused(self._copy, ())
+        for name in self._fused:
+            self._copy.bind(name, self._frozen.weights[name].dense() if fused else self._frozen.tensors[name])
+        return module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -190,6 +197,7 @@ class BaseView:
         return f"frozen {self._copy.module!r}"
 
     def _ready(self) -> nn.Module:
+        self._frozen.watch()
         for name, module in self._copy.modules.items():
             module.training = getattr(self._body.modules.get(name), "training", module.training)
         # A frozen base keeps the statistics it came with, whatever a forward in train mode writes.

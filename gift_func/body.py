@@ -71,8 +71,9 @@ class Body:
         self.parts = tuple(parts)
         self.module = structure.module
         names = [part.name for part in parts]
-        self._fused = fused_names(structure, names)
-        self._guards = guards(structure, names)
+        slots = [*names, *(name for name in base.slots if name in structure.places and name not in names)]
+        self._fused = fused_names(structure, slots)
+        self._guards = guards(structure, slots)
         paths = {id(module): path for path, module in structure.modules.items()}
         # Every place of every adapted parameter, by the first dotted name of the module that holds it.
         self._places = {
@@ -96,6 +97,12 @@ class Body:
         for name, tensor in self._slots.items():
             self.structure.bind(name, tensor)
         self._twins = []
+
+    def settle(self, tensors: Tensors) -> None:
+        """Rest on the tensors that stand in the adapter's places, if others were put there for good."""
+        own = all(map(is_, tensors.values(), self._resting.values()))
+        if not own and all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
+            self.rest(tensors)
 
     def rebase(self, base: FrozenBase) -> None:
         """Exchange the base for a moved or cast one; `rest` must follow."""
@@ -168,15 +175,17 @@ class Body:
             for name, buffer in buffers.items():
                 module_name, _, attribute = name.rpartition(".")
                 twin.structure.modules[module_name]._buffers[attribute] = buffer
-            fused = self._fused if runs_fused(self.structure, tensors.values()) else frozenset()
-            for name, weight in self.weights(tensors).items():
-                twin.structure.bind(name, weight.dense() if name in fused else Slot.of(weight))
-            if fused:
-                for name in self._guards:
-                    twin.structure.bind(name, self.base.tensors[name])
+            weights = self.weights(tensors)
+            for name, weight in weights.items():
+                twin.structure.bind(name, Slot.of(weight))
+            exchanged = self._slots
+            if self._fused and runs_fused(self.structure, tensors.values()):
+                exchanged = {**{name: self.base.tensors[name] for name in self._fused - weights.keys()}, **self._slots}
+                for name in (*self._fused, *self._guards):
+                    twin.structure.bind(name, (weights.get(name) or self.base.weights[name]).dense())
             yield twin.structure.module
             if not call.checkpointed and twin.signature.agrees(twin.structure.signature()):
-                for name, tensor in self._slots.items():
+                for name, tensor in exchanged.items():
                     twin.structure.bind(name, tensor)
                 self._twins.append(twin)
 

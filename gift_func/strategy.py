@@ -22,11 +22,19 @@ Rule = tuple[Selector | str | Callable[[Site], bool] | None, Method]
 
 @dataclass(frozen=True)
 class Placement:
-    """One parameter and the method that adapts it, settled for its site."""
+    """One parameter and the method that adapts it.
+
+    Attributes:
+        name: the parameter's dotted name.
+        site: where the parameter was found; another place of it, where it is tied.
+        method: the method, settled for the site.
+        rule: the method as it stands in the rule; placements of one rule share tensors.
+    """
 
     name: str
     site: Site
     method: Method
+    rule: Method
 
     def full_name(self, tensor: str) -> str:
         """The global name of one of the method's tensors."""
@@ -164,13 +172,13 @@ class Strategy:
                     continue
                 seen[index] += 1
                 if group[0].name not in taken:
-                    taken[group[0].name] = index, Placement(group[0].name, site, method.at(site))
+                    taken[group[0].name] = index, Placement(group[0].name, site, method.at(site), method)
         sites = {site.name: group for group in groups for site in group}
         for index, placement in list(taken.values()):
             for param_name, method in placement.method.companions(placement.site).items():
                 group = sites.get(join(placement.site.module_name, param_name), [])
                 if group and group[0].name not in taken:
-                    taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]))
+                    taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]), method)
         order = {group[0].name: position for position, group in enumerate(groups)}
         ordered = {name: taken[name] for name in sorted(taken, key=order.__getitem__)}
         return Explanation(self, groups, base.structure.modules, ordered, seen, reasons)

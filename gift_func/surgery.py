@@ -244,17 +244,16 @@ class _Walk:
             if sites and not chosen:
                 raise AdaptError(f"{outcome} cannot adapt any parameter of {where}")
         for site, method in chosen:
-            settled = method.at(site)
-            self._add(site, settled)
-            for param_name, companion in settled.companions(site).items():
+            self._add(site, method)
+            for param_name, companion in method.at(site).companions(site).items():
                 if param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
-                    self._add(sites[param_name], companion.at(sites[param_name]))
+                    self._add(sites[param_name], companion)
 
     def _add(self, site: Site, method: Method) -> None:
         name = self._canonical[site.name]
         if name not in self._taken:  # a tied parameter is adapted once
             self._taken.add(name)
-            self.placements.append(Placement(name, site, method))
+            self.placements.append(Placement(name, site, method.at(site), method))
 
 
 def _check_placements(placements: Iterable[Placement], body: Structure, fresh: Mapping[str, nn.Parameter]) -> None:

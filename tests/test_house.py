@@ -23,9 +23,10 @@ FLOORS = [
     ["methods.method"],
     ["methods.full"],
     ["methods.lora"],
-    ["methods.svdiff"],
+    ["methods.*"],
     ["methods"],
-    ["base", "fused"],
+    ["fused"],
+    ["base"],
     ["strategy", "adapter", "show"],
     ["body", "surgery"],
     ["adapted"],
@@ -34,6 +35,12 @@ FLOORS = [
 ]  # fmt: skip
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(ROOT.rglob("*.py"))
+# A new method is a file among the others, and needs no line here.
+HEIGHT |= {
+    f"methods.{path.stem}": HEIGHT["methods.*"]
+    for path in (ROOT / "methods").glob("*.py")
+    if f"methods.{path.stem}" not in HEIGHT and path.stem != "__init__"
+}
 
 
 def name_of(path: Path) -> str:

@@ -49,8 +49,9 @@ class LoRA(Method):
         rank: r, at least 1.
         alpha: the numerator of s; None means alpha = rank, hence s = 1.
         rslora: use `s = alpha / sqrt(rank)`.
-        dropout: probability of dropping an input feature on its way into the change, in training only. It needs an
-            operation that has an input: a linear layer, a product, a convolution, nn.MultiheadAttention.
+        dropout: probability of dropping an input feature on its way into the change, in training only. It acts in linear
+            layers, products, convolutions and nn.MultiheadAttention; looking up an embedding has no features to drop,
+            and an operation that reads the weight as a whole (an RNN's, say) refuses it.
         init: `"kaiming"` (A uniform in ±1/sqrt(fan_in), B zero), `"gaussian"` (A normal with deviation 1/rank, B zero),
             `"orthogonal"` (neither zero, their product zero; even rank), `"random"` (both uniform: not the identity).
         train_bias: also train the bias of every adapted module.
@@ -145,8 +146,8 @@ class LoRA(Method):
     def refuses(self, site: Site) -> str | None:
         if site.parameter.ndim < 2:
             return "a parameter of at least 2 dimensions, to be written as a product of two factors"
-        if self.dropout and isinstance(site.module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase)):
-            return f"dropout=0 on a {type(site.module).__name__}, whose operation has no input that dropout could act on"
+        if self.dropout and isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)):
+            return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
         return super().refuses(site)
 
     def overlooks(self, module: nn.Module) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -40,7 +40,7 @@ class Method(ABC):
 
     @abstractmethod
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        """The changed weight: a pure function of the base's weight and the tensors (those of `init` and `derive`)."""
+        """The changed weight: a pure function of the base's weight and the tensors of `init`, `common` and `derive`."""
 
     def takes(self, site: Site) -> bool:
         """Whether the site is one of the method's usual ones, taken where nothing else was said."""
@@ -57,6 +57,14 @@ class Method(ABC):
     def at(self, site: Site) -> Self:
         """The method as it applies to one site: patterns looked up, choices made."""
         return self
+
+    def common(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Tensors that all sites of one rule share; they are kept once, under their own names, and not trained.
+
+        Args:
+            sites: all sites that the rule took.
+        """
+        return {}
 
     def derive(self, base: Weight) -> dict[str, Tensor]:
         """Tensors that follow from the base's weight alone: computed once, kept with the base, not saved."""

@@ -75,8 +75,9 @@ class LowRank(OnBase):
         return add_scaled(self.base.convolve(x, conv, bias), change, self.scale)
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
-        if not self._is_matrix or self.dropout:
+        if not self._is_matrix:
             return super().lookup(pick, padding)
+        # Indices are no features, so there is nothing for dropout to drop.
         change = pick(self.left) @ self.right
         if padding is not None:  # `pick` keeps the gradient from the left factor, this from the right one
             change = torch.where(padding.unsqueeze(-1), change.detach(), change)

@@ -37,10 +37,11 @@ def rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
         functions: as `__torch_function__` sees them: `torch.matmul`, `torch.Tensor.matmul`, `F.linear`, ...
 
     Example:
-        >>> import torch, gift_func as gf
-        >>> @gf.weights.rule(torch.trace)
-        ... def trace(weight):
-        ...     return gf.weights.weight_of(weight).dense().diagonal().sum()
+        >>> import torch
+        >>> from gift_func.weights import rule, weight_of
+        >>> @rule(torch.trace)
+        ... def trace(weight, weight_of=weight_of):
+        ...     return weight_of(weight).dense().diagonal().sum()
     """
 
     def register(function: Rule) -> Rule:
