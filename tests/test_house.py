@@ -32,6 +32,7 @@ FLOORS = [
     ["adapted"],
     ["adapt", "factories", "functional"],
     ["files", "strategies", "utils"],
+    ["testing"],
 ]  # fmt: skip
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(ROOT.rglob("*.py"))

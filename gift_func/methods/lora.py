@@ -137,6 +137,10 @@ class LoRA(Method):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def starts_as_base(self) -> bool:
+        return self.initialization != "random"
+
     def takes(self, site: Site) -> bool:
         if isinstance(site.module, nn.MultiheadAttention):
             return site.param_name in PACKED

@@ -42,6 +42,11 @@ class Method(ABC):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         """The changed weight: a pure function of the base's weight and the tensors of `init`, `common` and `derive`."""
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether an adapted model computes what its base does until it is trained."""
+        return True
+
     def takes(self, site: Site) -> bool:
         """Whether the site is one of the method's usual ones, taken where nothing else was said."""
         return self.refuses(site) is None

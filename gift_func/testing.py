@@ -1,0 +1,366 @@
+"""The laws that every method obeys: ours, and one of your own in three lines.
+
+    from gift_func import testing
+
+    def test_my_method():
+        testing.check(MyMethod(rank=2))
+
+A law holds on a *host*, a small module of one kind of parameter. A host that a method refuses counts as
+tested by the refusal, which must name the place. A law does not know a method's formula: test that by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .adapt import adapt
+from .adapted import AdaptedModel
+from .errors import AdaptError
+from .files import load_adapter, save_adapter
+from .functional import functional_call
+from .methods import Method
+
+Tensors = Mapping[str, Tensor]
+TOLERANCE = 1e-10
+
+
+class Around(nn.Module):
+    """A host's module between two fixed elementwise functions, so that gradients of second order are not zero."""
+
+    def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The host on one batch, `(batch, ...)`."""
+        return self.call(self.inner, x).tanh()
+
+
+class Experts(nn.Module):
+    """A stack of matrices as a raw parameter, `(experts, out, in)`, one expert a sample."""
+
+    def __init__(self, experts: int, d_out: int, d_in: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, d_out, d_in) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, experts, tokens, in)` to `(batch, experts, tokens, out)`."""
+        return x @ self.weight.mT
+
+
+@dataclass(frozen=True)
+class Host:
+    """A small module to try a method on.
+
+    Attributes:
+        parameter: the name of the parameter that is adapted.
+        module: makes the module.
+        inputs: makes a batch of four.
+        call: how the module is called.
+    """
+
+    parameter: str
+    module: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
+
+    def make(self, dtype: torch.dtype) -> tuple[Around, Tensor]:
+        """The host and its input, the same each time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module, x = Around(self.module(), self.call).to(dtype), self.inputs()
+        return module, x.to(dtype) if x.is_floating_point() else x
+
+
+HOSTS: dict[str, Host] = {
+    "linear": Host("weight", lambda: nn.Linear(8, 12), lambda: torch.randn(4, 3, 8)),
+    "linear square": Host("weight", lambda: nn.Linear(8, 8, bias=False), lambda: torch.randn(4, 8)),
+    "conv1d": Host("weight", lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(4, 4, 9)),
+    "conv2d": Host(
+        "weight", lambda: nn.Conv2d(4, 8, 3, padding=2, dilation=2, padding_mode="circular"), lambda: torch.randn(4, 4, 6, 6)
+    ),
+    "conv2d grouped": Host("weight", lambda: nn.Conv2d(4, 8, 3, groups=2), lambda: torch.randn(4, 4, 5, 5)),
+    "conv2d pointwise": Host("weight", lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(4, 4, 3, 3)),
+    "conv3d": Host("weight", lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(4, 4, 3, 3, 3)),
+    "embedding": Host("weight", lambda: nn.Embedding(12, 8), lambda: torch.arange(16).reshape(4, 4) % 12),
+    "attention": Host(
+        "in_proj_weight",
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        lambda: torch.randn(4, 3, 8),
+        lambda module, x: module(x, x, x)[0],
+    ),
+    "experts": Host("weight", lambda: Experts(2, 8, 4), lambda: torch.randn(4, 2, 3, 4)),
+    "bias": Host("bias", lambda: nn.Linear(8, 12), lambda: torch.randn(4, 8)),
+    "norm": Host("weight", lambda: nn.LayerNorm(8), lambda: torch.randn(4, 3, 8)),
+}
+
+
+class Case:
+    """A method on a host, with random tensors in the adapter's places."""
+
+    def __init__(self, method: Method, host: Host, dtype: torch.dtype = torch.float64) -> None:
+        self.method = method
+        self.model, self.x = host.make(dtype)
+        self.rules = {f"inner.{host.parameter}": method}
+        self.start = adapt(self.model, self.rules, generator=torch.Generator().manual_seed(1))
+        self.states = [self.random(seed) for seed in range(2)]
+        self.adapted = self.start.with_adapter(self.states[0])
+
+    def random(self, seed: int) -> dict[str, Tensor]:
+        """The initial tensors, the trained ones moved away from where they start."""
+        generator = torch.Generator().manual_seed(seed + 2)
+        state = self.start.adapter_state_dict()
+        for name, parameter in self.start.named_trainable_parameters():
+            noise = torch.empty(parameter.shape, dtype=torch.float64).normal_(std=0.3, generator=generator)
+            state[name] = parameter.detach() + noise.to(parameter)
+        return state
+
+    def trained(self, state: Tensors) -> dict[str, Tensor]:
+        """The state's trained tensors."""
+        return {name: state[name] for name, _ in self.start.named_trainable_parameters()}
+
+    def run(self, params: Tensors, x: Tensor | None = None) -> Tensor:
+        """The adapted host as a function of its trained tensors."""
+        out: Tensor = functional_call(self.adapted, params, (self.x if x is None else x,))
+        return out
+
+    def loss(self, params: Tensors, x: Tensor | None = None) -> Tensor:
+        """Something to differentiate."""
+        return self.run(params, x).square().sum()
+
+    def dense(self, params: Tensors) -> Tensor:
+        """The host with its adapted parameter replaced by the dense weight: the reference."""
+        tensors = {**self.adapted.adapter, **params}
+        placed = {name: weight.dense() for name, weight in self.adapted._body.weights(tensors).items()}
+        out: Tensor = torch.func.functional_call(copy.deepcopy(self.model), placed, (self.x,))
+        return out
+
+
+Law = Callable[[Case], None]
+
+
+def starts_as_base(case: Case) -> None:
+    """A method that says it starts as the identity does."""
+    if case.method.starts_as_base:
+        _equal(case.start(case.x), case.model(case.x))
+
+
+def rule_is_dense(case: Case) -> None:
+    """Acting through the structure is acting through the dense weight, forward and backward."""
+    params = {name: tensor.clone().requires_grad_() for name, tensor in case.trained(case.states[0]).items()}
+    found, wanted = case.run(params), case.dense(params)
+    _equal(found, wanted)
+    tensors = list(params.values())
+    for name, got, want in zip(
+        params,
+        torch.autograd.grad(found.square().sum(), tensors, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad(wanted.square().sum(), tensors, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        _equal(got, want, name)
+
+
+def gradients_arrive(case: Case) -> None:
+    """Every trained tensor of the adapter gets a gradient from an ordinary backward, and nothing else does."""
+    case.adapted(case.x).square().sum().backward()
+    for name, parameter in case.adapted.named_trainable_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient"
+    assert all(parameter.grad is None for parameter in case.model.parameters()), "the base got a gradient"
+
+
+def vmap_is_loop(case: Case) -> None:
+    """Several adapters at once are the adapters one by one."""
+    states = [case.trained(state) for state in case.states]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    _equal(torch.func.vmap(case.run)(stacked), torch.stack([case.run(state) for state in states]))
+
+
+def per_sample_gradients_are_loop(case: Case) -> None:
+    """`vmap(grad)` gives every sample's own gradient."""
+    params = case.trained(case.states[0])
+    found = torch.func.vmap(torch.func.grad(case.loss), (None, 0))(params, case.x.unsqueeze(1))
+    singles = [torch.func.grad(case.loss)(params, sample.unsqueeze(0)) for sample in case.x]
+    for name, got in found.items():
+        _equal(got, torch.stack([single[name] for single in singles]), name)
+
+
+def forward_mode_is_reverse_mode(case: Case) -> None:
+    """`jvp` along a direction is the gradient's product with it."""
+    params = case.trained(case.states[0])
+    direction = case.trained(case.states[1])
+    forward = torch.func.jvp(case.loss, (params,), (direction,))[1]
+    gradient = torch.func.grad(case.loss)(params)
+    _equal(forward, sum((gradient[name] * direction[name]).sum() for name in params))
+
+
+def base_is_untouched(case: Case) -> None:
+    """Nothing of the user's model changes, whatever is done with the adapted one."""
+    parameters = dict(case.model.named_parameters())
+    before = {name: (parameter, parameter.detach().clone(), parameter._version) for name, parameter in parameters.items()}
+    case.adapted.train()(case.x).square().sum().backward()
+    torch.optim.SGD(case.adapted.trainable_parameters(), lr=0.1).step()
+    case.adapted.eval()(case.x)
+    case.adapted.merge()
+    copy.deepcopy(case.adapted).to(torch.float32)
+    for name, parameter in case.model.named_parameters():
+        same, value, version = before[name]
+        assert parameter is same, f"{name} was replaced"
+        assert torch.equal(parameter, value), f"{name} changed"
+        assert parameter._version == version, f"{name} was written to"
+        assert parameter.requires_grad, f"{name} was frozen"
+        assert parameter.grad is None, f"{name} got a gradient"
+
+
+def merged_is_adapted(case: Case) -> None:
+    """The merged module, which holds no class of ours, computes the same."""
+    merged = case.adapted.merge()
+    assert not any(type(p) not in (nn.Parameter, Tensor) for p in merged.parameters())
+    _equal(merged(case.x), case.adapted(case.x))
+
+
+def copies_are_equal(case: Case) -> None:
+    """The adapted model survives `deepcopy` and a state dict, the method `pickle` and `to_dict`."""
+    wanted = case.adapted(case.x)
+    assert torch.equal(copy.deepcopy(case.adapted)(case.x), wanted)
+    assert torch.equal(case.start.with_adapter(case.adapted.adapter_state_dict())(case.x), wanted)
+    again = pickle.loads(pickle.dumps(case.method))
+    assert again == case.method
+    assert hash(again) == hash(case.method)
+    assert Method.from_dict(case.method.to_dict()) == case.method
+
+
+def loaded_is_saved(case: Case) -> None:
+    """The native file gives back the same outputs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        save_adapter(case.adapted, path)
+        assert torch.equal(load_adapter(case.model, path)(case.x), case.adapted(case.x))
+
+
+def checkpoints_are_exact(case: Case) -> None:
+    """Under gradient checkpointing every gradient is the same."""
+    call = case.model.call
+    checkpointed = Around(case.model.inner, lambda module, x: checkpoint(call, module, x, use_reentrant=False))
+    adapted = adapt(checkpointed, case.rules).with_adapter(case.adapted.adapter_state_dict())
+    for (name, got), (_, want) in zip(_gradients(adapted, case.x), _gradients(case.adapted, case.x), strict=True):
+        _equal(got, want, name)
+
+
+def one_compile_for_all(case: Case) -> None:
+    """Compiled as one graph, it computes the same, and another adapter of the same shapes compiles nothing new."""
+    from torch._dynamo.testing import CompileCounter  # importing Dynamo takes seconds
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(case.run, fullgraph=True, backend=counter, dynamic=False)
+    for state in case.states:
+        params = case.trained(state)
+        _equal(compiled(params, case.x), case.run(params))
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs for {len(case.states)} adapters of one shape"
+
+
+LAWS: dict[str, Law] = {
+    law.__name__: law
+    for law in (
+        starts_as_base,
+        rule_is_dense,
+        gradients_arrive,
+        vmap_is_loop,
+        per_sample_gradients_are_loop,
+        forward_mode_is_reverse_mode,
+        base_is_untouched,
+        merged_is_adapted,
+        copies_are_equal,
+        loaded_is_saved,
+        checkpoints_are_exact,
+        one_compile_for_all,
+    )
+}
+
+
+def element_type_is_kept(method: Method, host: Host) -> None:
+    """A half-precision network stays one: its outputs, its merged weights."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(method, host, dtype)
+        assert case.adapted(case.x).dtype == dtype
+        assert all(parameter.dtype == dtype for parameter in case.adapted.merge().parameters())
+
+
+def check(method: Method, hosts: Iterable[str] | None = None, laws: Iterable[str] | None = None) -> None:
+    """Check a method against the laws on every host that it can adapt.
+
+    Args:
+        method: an instance; several configurations are several calls.
+        hosts: names out of `HOSTS`; all by default.
+        laws: names out of `LAWS`; all by default.
+
+    Raises:
+        AssertionError: naming the law, the host and the method, at the first law that does not hold.
+        AdaptError: if the method adapts none of the hosts.
+
+    Example:
+        >>> import gift_func as gf
+        >>> from gift_func import testing
+        >>> testing.check(gf.LoRA(rank=2), hosts=["linear"], laws=["starts_as_base", "rule_is_dense"])
+    """
+    adapted = 0
+    for name in HOSTS if hosts is None else hosts:
+        adapted += sum(1 for _ in _checked(method, name, LAWS if laws is None else laws))
+        if laws is None and not refuses(method, name):
+            element_type_is_kept(method, HOSTS[name])
+    if not adapted:
+        raise AdaptError(f"{method} adapts none of the hosts {', '.join(HOSTS if hosts is None else hosts)}")
+
+
+def _checked(method: Method, host: str, laws: Iterable[str]) -> Iterator[str]:
+    if refuses(method, host):
+        return
+    for law in laws:
+        try:
+            LAWS[law](Case(method, HOSTS[host]))
+        except AssertionError as error:
+            raise AssertionError(f"{method} on {host!r} breaks {law}: {LAWS[law].__doc__} {error}") from error
+        yield law
+
+
+def refuses(method: Method, host: str) -> bool:
+    """Whether the method says that it cannot adapt the host; adapting it must then say so, and where.
+
+    Args:
+        host: a name out of `HOSTS`.
+    """
+    module, _ = HOSTS[host].make(torch.float64)
+    name = f"inner.{HOSTS[host].parameter}"
+    said = ""
+    try:
+        adapt(module, {name: method})
+    except AdaptError as error:
+        said = str(error)
+    assert not said or name in said, f"{method} refuses without naming {name!r}: {said}"
+    return bool(said)
+
+
+def _gradients(adapted: AdaptedModel, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    names, parameters = zip(*adapted.named_trainable_parameters(), strict=True)
+    loss = adapted(x).square().sum()
+    yield from zip(names, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True), strict=True)
+
+
+def _equal(found: Tensor, wanted: Tensor, what: str = "output") -> None:
+    assert found.shape == wanted.shape, f"{what}: shape {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
+    off = (found - wanted).abs().max().item() if found.numel() else 0.0
+    size = max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0)
+    assert off <= TOLERANCE * size, f"{what} is off by {off:.1e}, where sizes go up to {size:.1e}"
+
+
+__all__ = ["HOSTS", "LAWS", "Case", "Host", "check", "element_type_is_kept", "refuses"]
