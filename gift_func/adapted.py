@@ -73,8 +73,11 @@ class AdaptedModel(nn.Module):
         module = self._body.module
         try:
             found = getattr(module, name)
-        except AttributeError:
-            raise AttributeError(f"neither AdaptedModel nor the adapted {type(module).__name__} has {name!r}") from None
+        except AttributeError as error:
+            own = getattr(type(module), name, None)
+            if isinstance(own, property) and own.fget is not None:
+                return own.fget(module)  # which raises an error of its own, hidden by nn.Module
+            raise AttributeError(f"neither AdaptedModel nor the adapted {type(module).__name__} has {name!r}") from error
         if isinstance(found, MethodType) and found.__self__ is module and not torch.compiler.is_compiling():
             return self._reached(found)
         return found

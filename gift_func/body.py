@@ -170,8 +170,9 @@ class Body:
         with self.calling() as call:
             twin = self._lease()
             for source, target in twin.buffers:
-                fresh = private_buffers and source.training
-                target._buffers.update({k: clone(b) if fresh and b is not None else b for k, b in source._buffers.items()})
+                for attribute, buffer in source._buffers.items():
+                    copied = private_buffers and buffer is not None
+                    target._buffers[attribute] = clone(buffer) if copied else buffer
             for name, buffer in buffers.items():
                 module_name, _, attribute = name.rpartition(".")
                 twin.structure.modules[module_name]._buffers[attribute] = buffer

@@ -110,10 +110,12 @@ class Method(ABC):
             raise AdaptError(f"{name} has no field {unknown[0]!r}; {nearest(unknown[0], allowed)}")
         for key, value in values.items():
             if isinstance(value, str) and value.startswith("torch."):
-                values[key] = getattr(torch, value.removeprefix("torch."))
+                values[key] = getattr(torch, value.removeprefix("torch."), None)
+                if not isinstance(values[key], torch.dtype):
+                    raise AdaptError(f"{name} wants an element type as {key!r}, and {value!r} is none")
         try:
             return kind(**values)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise AdaptError(f"{name} cannot be made from {values}: {error}") from None
 
     def __str__(self) -> str:

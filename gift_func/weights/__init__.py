@@ -2,6 +2,8 @@
 
 from . import rules as rules
 from .low_rank import LowRank as LowRank
+from .scattered import Rows as Rows
+from .scattered import Scattered as Scattered
 from .slot import Slot as Slot
 from .slot import rule as rule
 from .slot import weight_of as weight_of

@@ -56,6 +56,7 @@ class Slot(Tensor):
     """The placeholder tensor; `weight` is the value it stands for."""
 
     weight: Weight
+    _is_param: bool
 
     @staticmethod
     def of(weight: Weight) -> Slot:
@@ -63,6 +64,7 @@ class Slot(Tensor):
         fill = float("nan") if weight.dtype.is_floating_point or weight.dtype.is_complex else 0
         made = torch.full((), fill, dtype=weight.dtype, device=weight.device).expand(weight.shape).as_subclass(Slot)
         made.weight = weight
+        made._is_param = True  # model code may ask for an nn.Parameter, and this is how torch tells one
         return made
 
     @classmethod

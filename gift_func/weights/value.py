@@ -77,6 +77,10 @@ class Weight(ABC):
         """
         return pick(self.dense())
 
+    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        """`lookup` for a `pick` that only chooses rows, one for each index, and so takes rows of any element type."""
+        return self.lookup(pick, padding)
+
     @property
     def mT(self) -> Weight:
         """The weight with its last two dimensions exchanged."""

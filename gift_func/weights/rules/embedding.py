@@ -29,7 +29,7 @@ def embedding(
     def pick(rows: Tensor) -> Tensor:
         return F.embedding(input, rows, padding_idx)
 
-    return weight.weight.lookup(pick, None if padding_idx is None else input == padding_idx)
+    return weight.weight.choose(pick, None if padding_idx is None else input == padding_idx)
 
 
 @rule(F.embedding_bag)

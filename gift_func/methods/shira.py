@@ -1,0 +1,94 @@
+"""SHiRA: a few scattered entries of each weight are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import AdaptError
+from ..select import Site
+from ..weights import Scattered, Weight
+from .lora import LoRA
+from .method import Method
+
+USUAL = LoRA()
+
+
+@dataclass(frozen=True)
+class SHiRA(Method):
+    """`W' = W + s·scatter(v)`: values v added at a fixed random choice of W's entries.
+
+    As many numbers as LoRA of the same rank trains, but the change is sparse and of high rank: it overwrites 1-2 % of a
+    weight, and two such adapters hardly meet when they are added. v starts at zero.
+
+    Shapes (a kernel is taken as the matrix `(out, in/groups·k...)`), with `n = rank·(rows + columns)`: shira_weight `(n,)`,
+    shira_indices `(2, n)`, the row and column of each, drawn once, saved and not trained.
+
+    Args:
+        rank: sets how many entries are trained.
+        scale: s.
+        random_seed: what the entries are drawn from, the same for weights of one shape; None means from the generator
+            that `adapt` is given.
+
+    Raises:
+        AdaptError: for a rank below 1.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(32, 16), gf.SHiRA(rank=2))
+        >>> {name: tuple(p.shape) for name, p in adapted.adapter.items()}
+        {'shira_weight': (96,), 'shira_indices': (2, 96)}
+
+    References:
+        Bhardwaj et al., Sparse High Rank Adapters, 2024 (arXiv:2406.13175), the random mask; PEFT's count of entries.
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
+
+    rank: int = 32
+    scale: float = 1.0
+    random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise AdaptError(f"SHiRA needs a whole rank of at least 1, got rank={self.rank!r}")
+
+    def takes(self, site: Site) -> bool:
+        return USUAL.takes(site)
+
+    def overlooks(self, module: torch.nn.Module) -> str | None:
+        return USUAL.overlooks(module)
+
+    def refuses(self, site: Site) -> str | None:
+        if site.parameter.ndim < 2:
+            return "a parameter of at least 2 dimensions"
+        rows, columns = _matrix(site.parameter.shape)
+        if self.rank * (rows + columns) > rows * columns:
+            return f"at least rank·(rows + columns) = {self.rank * (rows + columns)} entries"
+        return super().refuses(site)
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        parameter = site.parameter
+        rows, columns = _matrix(parameter.shape)
+        count = self.rank * (rows + columns)
+        values = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
+        if parameter.is_meta:
+            return {"shira_weight": values, "shira_indices": torch.empty(2, count, dtype=torch.int32, device="meta")}
+        if self.random_seed is not None:
+            generator = torch.Generator().manual_seed(self.random_seed)
+        device = "cpu" if generator is None else generator.device
+        chosen = torch.randperm(rows * columns, generator=generator, device=device)[:count].sort().values
+        indices = torch.stack([chosen // columns, chosen % columns]).to(parameter.device, torch.int32)
+        return {"shira_weight": values, "shira_indices": indices}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        return Scattered(base, tensors["shira_weight"], tensors["shira_indices"], self.scale)
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])
