@@ -200,11 +200,11 @@ class BaseView:
         self._frozen.watch()
         for name, module in self._copy.modules.items():
             module.training = getattr(self._body.modules.get(name), "training", module.training)
-        # A frozen base keeps the statistics it came with, whatever a forward in train mode writes.
+        # A frozen base keeps the buffers it came with, whatever a forward writes to them.
         pristine = {name: buffer for name, _, _, buffer in self._frozen.structure.buffers()}
         for name, attribute, module, _ in list(self._copy.buffers()):
             if name in pristine:
-                module._buffers[attribute] = pristine[name].clone() if module.training else pristine[name]
+                module._buffers[attribute] = pristine[name].clone()
         return self._copy.module
 
 

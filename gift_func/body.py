@@ -171,8 +171,7 @@ class Body:
             twin = self._lease()
             for source, target in twin.buffers:
                 for attribute, buffer in source._buffers.items():
-                    copied = private_buffers and buffer is not None
-                    target._buffers[attribute] = clone(buffer) if copied else buffer
+                    target._buffers[attribute] = buffer if buffer is None or not private_buffers else clone(buffer)
             for name, buffer in buffers.items():
                 module_name, _, attribute = name.rpartition(".")
                 twin.structure.modules[module_name]._buffers[attribute] = buffer

@@ -10,6 +10,10 @@ THIRD_PARTY = [
     "ignore:LSTM with projections is not supported with oneDNN:UserWarning",
     # nn.TransformerEncoder packs a padded batch into a nested tensor in eval; torch says so once.
     "ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning",
+    # Not every kernel of attention has a batching rule; torch says so under vmap.
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
+    # Forward mode scripts its decompositions when it is first used.
+    "ignore:`torch.jit.script:DeprecationWarning",
 ]
 
 

@@ -384,7 +384,7 @@ def llama(tie: bool = True) -> nn.Module:
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
@@ -392,8 +392,9 @@ def gpt2() -> nn.Module:
 def t5() -> nn.Module:
     config = transformers.T5Config(
         vocab_size=32, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0,
-        decoder_start_token_id=0, eos_token_id=None,
+        eos_token_id=None,
     )  # fmt: skip
+    config.decoder_start_token_id = 0
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -468,7 +469,8 @@ ROWS: list[Row] = [
     Row(
         "conv2d_modes",
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, (3, 1), padding=(1, 0), padding_mode="circular"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+            nn.Conv2d(2, 4, (3, 1), padding=(1, 0), padding_mode="circular"),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
         ),
         x_of(2, 2, 5, 6),
     ),
@@ -486,15 +488,31 @@ ROWS: list[Row] = [
     ),
     Row(
         "conv_transpose2d",
-        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1), nn.ConvTranspose2d(6, 4, 2, groups=2, dilation=2)),
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1), nn.ConvTranspose2d(6, 4, 2, groups=2, dilation=2)
+        ),
         x_of(2, 4, 4, 3),
     ),
     Row("conv_unbatched", lambda: nn.Conv2d(3, 4, 3), x_of(3, 5, 5)),
     Row("bilinear", TwoInputs, lambda: ((torch.randn(3, 4), torch.randn(3, 5)), {})),
-    Row("embedding", lambda: nn.Embedding.from_pretrained(torch.randn(9, 4), freeze=False, padding_idx=2), lambda: ((torch.tensor([[1, 2], [0, 8], [2, 1]]),), {})),
+    Row(
+        "embedding",
+        lambda: nn.Embedding.from_pretrained(torch.randn(9, 4), freeze=False, padding_idx=2),
+        lambda: ((torch.tensor([[1, 2], [0, 8], [2, 1]]),), {}),
+    ),
     Row("embedding_negative_padding", lambda: nn.Embedding(9, 4, padding_idx=-1), lambda: ((torch.tensor([1, 8, 8, 3]),), {})),
-    Row("embedding_by_freq", lambda: nn.Embedding(9, 4, scale_grad_by_freq=True), lambda: ((torch.tensor([1, 8, 8, 3]),), {}), vmaps=False),
-    Row("embedding_max_norm", lambda: nn.Embedding(9, 4, max_norm=1.0), lambda: ((torch.tensor([[1, 2], [0, 8]]),), {}), vmaps=False),
+    Row(
+        "embedding_by_freq",
+        lambda: nn.Embedding(9, 4, scale_grad_by_freq=True),
+        lambda: ((torch.tensor([1, 8, 8, 3]),), {}),
+        vmaps=False,
+    ),
+    Row(
+        "embedding_max_norm",
+        lambda: nn.Embedding(9, 4, max_norm=1.0),
+        lambda: ((torch.tensor([[1, 2], [0, 8]]),), {}),
+        vmaps=False,
+    ),
     Row("embedding_bag", BagModel, bags, vmaps=False),
     Row("mha", Attention, x_of(2, 4, 8)),
     Row("mha_weights", lambda: Attention(True), lambda: ((torch.randn(2, 4, 8),), {"key_padding_mask": padded(2, 4) == 0})),
@@ -519,7 +537,7 @@ ROWS: list[Row] = [
         x_of(2, 4, 5),
         vmaps=False,
     ),
-    Row("lstm_cell", lambda: First(nn.LSTMCell(5, 6)), x_of(2, 5)),
+    Row("lstm_cell", lambda: First(nn.LSTMCell(5, 6)), x_of(2, 5), vmaps=False),
     Row("gru", lambda: First(nn.GRU(5, 6, num_layers=2, bidirectional=True)), x_of(4, 2, 5), vmaps=False),
     Row("rnn", lambda: First(nn.RNN(5, 6, bias=False)), x_of(4, 2, 5), vmaps=False),
     Row("experts", Experts, x_of(4, 4)),
@@ -536,7 +554,7 @@ ROWS: list[Row] = [
     Row("mixtral", mixtral, causal, vmaps=False),
     Row("mixtral_batched", lambda: mixtral("batched_mm"), causal, vmaps=False),
     Row("qwen2_moe", qwen2_moe, causal, vmaps=False),
-]  # fmt: skip
+]
 
 BY_NAME: dict[str, Row] = {row.name: row for row in ROWS}
 
@@ -547,11 +565,20 @@ def rows(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", chosen, ids=[row.name for row in chosen])
 
 
-def pairs(*names: str) -> pytest.MarkDecorator:
-    """Parametrize a test by a row and a method that applies to it."""
+def pairs(*names: str, brief: bool = False) -> pytest.MarkDecorator:
+    """Parametrize a test by a row and a method that applies to it.
+
+    Args:
+        names: of the rows; all if none is named.
+        brief: leave all methods but LoRA to the slow run, except on the smallest model.
+    """
     chosen = [BY_NAME[name] for name in names] if names else ROWS
-    table = [(row, method) for row in chosen for method in row.methods]
-    return pytest.mark.parametrize(("row", "method"), table, ids=[f"{row.name}-{method}" for row, method in table])
+    table = []
+    for row in chosen:
+        for method in row.methods:
+            marks = [pytest.mark.slow] if brief and method != "lora" and row.name != "mlp" else []
+            table.append(pytest.param(row, method, id=f"{row.name}-{method}", marks=marks))
+    return pytest.mark.parametrize(("row", "method"), table)
 
 
 def dense_of(model: nn.Module, method: gf.Method, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -577,8 +604,8 @@ def dense_of(model: nn.Module, method: gf.Method, tensors: dict[str, Tensor]) ->
         elif get("spectral_shift") is not None:
             assert isinstance(method, gf.SVDiff)
             made[name] = _shifted(w, method.conv, get("spectral_shift"))
-        else:
-            made[name] = tensors.get(name, w)
+        elif name in tensors:
+            made[name] = tensors[name]
     return made
 
 
@@ -601,12 +628,11 @@ def _product(module: nn.Module, param_name: str, w: Tensor, b: Tensor, a: Tensor
 
 
 def _shifted(w: Tensor, conv: str, shift: Tensor) -> Tensor:
-    if conv == "rows" or w.ndim <= 3:
-        matrix = w.reshape(w.shape[0], -1)
-    else:
-        matrix = w.reshape(w.shape[0] * w.shape[2], -1)
+    lines = 1 if conv == "rows" or w.ndim <= 3 else w.shape[2]
+    matrix = w.reshape(w.shape[0] * lines, -1)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return (u @ torch.diag(torch.relu(s + shift)) @ vh).reshape(w.shape)
+    made: Tensor = (u @ torch.diag(torch.relu(s + shift)) @ vh).reshape(w.shape)
+    return made
 
 
 def run_dense(row: Row, params: dict[str, Tensor], inputs: Inputs, training: bool = False) -> tuple[Any, nn.Module]:

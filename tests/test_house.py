@@ -13,7 +13,7 @@ ROOT = Path(gift_func.__file__).parent
 FLOORS = [
     ["errors", "weights._torch"],
     ["weights.names", "weights.value"],
-    ["weights.call", "weights.low_rank", "weights.spectral"],
+    ["weights.call", "weights.low_rank", "weights.scattered", "weights.spectral"],
     ["weights.slot"],
     ["weights.rules.attention", "weights.rules.convolution", "weights.rules.embedding", "weights.rules.products",
      "weights.rules.views"],

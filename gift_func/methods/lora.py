@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod, sqrt
-from typing import Literal, TypeVar, get_args
+from typing import ClassVar, Literal, Self, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from ..weights import LowRank, Weight
 from .full import Full
 from .method import FrozenMap, Method, is_a, is_computed
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "random"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora"]
 Conv = Literal["kernel", "balanced"]
 Layout = Literal["matrix", "transposed", "stacked", "kernel", "balanced"]
 Value = TypeVar("Value")
@@ -53,7 +53,12 @@ class LoRA(Method):
             layers, products, convolutions and nn.MultiheadAttention; looking up an embedding has no features to drop,
             and an operation that reads the weight as a whole (an RNN's, say) refuses it.
         init: `"kaiming"` (A uniform in ±1/sqrt(fan_in), B zero), `"gaussian"` (A normal with deviation 1/rank, B zero),
-            `"orthogonal"` (neither zero, their product zero; even rank), `"random"` (both uniform: not the identity).
+            `"orthogonal"` (neither zero, their product zero; even rank), `"random"` (both uniform: not the identity);
+            and the residual ones, which start at parts B₀, A₀ of W itself and change it by `s·(B·A − B₀·A₀)`, so that the
+            base stays as it is: `"pissa"` (the first `rank` singular directions, each factor with the root of σ/s),
+            `"pissa_niter_16"` (the same by a randomised decomposition of so many iterations), `"olora"` (the first
+            `rank` columns of Q and rows of R, W = Q·R). B₀, A₀ are kept frozen as `lora_B0`, `lora_A0`; what of the
+            rank W has no directions for starts as `"kaiming"` does.
         train_bias: also train the bias of every adapted module.
         rank_pattern: rank of the sites whose module name ends in what a key (a regular expression) matches; first hit.
         alpha_pattern: the same for alpha.
@@ -73,15 +78,19 @@ class LoRA(Method):
         ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
 
     References:
-        Hu et al., LoRA, 2021 (arXiv:2106.09685); Kalajdzievski, rsLoRA, 2023 (arXiv:2312.03732).
+        Hu et al., LoRA, 2021 (arXiv:2106.09685); Kalajdzievski, rsLoRA, 2023 (arXiv:2312.03732); Meng et al., PiSSA,
+        2024 (arXiv:2404.02948); Büyükakyüz, OLoRA, 2024 (arXiv:2406.01775). The two papers write the residual
+        W − s·B₀·A₀ into the base; here dropout, if any, acts on what meets the whole change.
     """
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"lora_A0", "lora_B0"})
 
     rank: int = 8
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
     # Named so because `init` is the method's function; the constructor's argument is `init`.
-    initialization: Init = field(default="kaiming", metadata={"argument": "init"})
+    initialization: str = field(default="kaiming", metadata={"argument": "init"})
     train_bias: bool = False
     rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
     alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
@@ -96,23 +105,20 @@ class LoRA(Method):
         alpha: float | None = None,
         rslora: bool = False,
         dropout: float = 0.0,
-        init: Init = "kaiming",
+        init: Init | str = "kaiming",
         train_bias: bool = False,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         conv: Conv = "kernel",
         dtype: torch.dtype | None = None,
     ) -> None:
-        for pattern, value in [("", rank), *(rank_pattern or {}).items()]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                place = f" (rank_pattern {pattern!r})" if pattern else ""
-                raise AdaptError(f"LoRA needs a whole rank of at least 1, got rank={value!r}{place}")
+        check_rank(type(self).__name__, rank, rank_pattern)
+        for value in (rank, *(rank_pattern or {}).values()):
             if init == "orthogonal" and value % 2:
                 raise AdaptError(f"init='orthogonal' splits the rank in two halves and needs an even one, got rank={value}")
-        if not 0.0 <= dropout < 1.0:
-            raise AdaptError(f"dropout is a probability in [0, 1), got dropout={dropout!r}")
-        if init not in get_args(Init):
-            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
+        check_dropout(dropout)
+        if init not in get_args(Init) and not re.fullmatch(r"pissa_niter_\d+", str(init)):
+            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, pissa_niter_<iterations>, got init={init!r}")
         if conv not in get_args(Conv):
             raise AdaptError(f"conv is one of {', '.join(get_args(Conv))}, got conv={conv!r}")
         fields: dict[str, object] = {
@@ -158,20 +164,13 @@ class LoRA(Method):
         layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
         return "weight" if layer and is_computed(module, "weight") else None
 
-    def at(self, site: Site) -> LoRA:
-        dims, layout = site.parameter.ndim, "matrix"
-        if is_a(site.module, HF_CONV1D):
-            layout = "transposed"
-        elif isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight":
-            layout = self.conv
-        elif dims > 2:
-            layout = "stacked"
+    def at(self, site: Site) -> Self:
         return self.but(
             rank=first_match(self.rank_pattern, site.module_name, self.rank),
             alpha=first_match(self.alpha_pattern, site.module_name, self.alpha),
             rank_pattern=FrozenMap(),
             alpha_pattern=FrozenMap(),
-            layout=layout,
+            layout=layout_of(site, self.conv),
         )
 
     def companions(self, site: Site) -> dict[str, Method]:
@@ -180,13 +179,7 @@ class LoRA(Method):
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, rank = site.parameter, self.rank
-        *lead, rows, columns = parameter.shape
-        if self.layout == "transposed":
-            rows, columns = columns, rows
-        elif self.layout == "kernel":
-            lead, rows, columns = [], parameter.shape[0], prod(parameter.shape[1:])
-        elif self.layout == "balanced":
-            lead, (rows, columns) = [], balanced(parameter.shape)
+        lead, rows, columns = matrix_of(parameter.shape, self.layout)
         dtype = self.dtype or parameter.dtype
         a = torch.empty(*lead, rank, columns, dtype=dtype, device=parameter.device)
         b = torch.zeros(*lead, rows, rank, dtype=dtype, device=parameter.device)
@@ -204,22 +197,94 @@ class LoRA(Method):
             a.uniform_(-1, 1, generator=generator).div_(sqrt(max(columns, 1)))
             if self.initialization == "random":
                 b.uniform_(-1, 1, generator=generator).div_(sqrt(rank))
+        tensors = {"lora_B": b, "lora_A": a}
+        if self.initialization.startswith(("pissa", "olora")):
+            right, left = self._parts_of(as_matrix(parameter, self.layout), generator)
+            found = right.shape[-2]
+            tensors["lora_A"] = torch.cat([right.to(dtype), a[..., found:, :]], dim=-2)
+            tensors["lora_B"] = torch.cat([left.to(dtype), b[..., found:]], dim=-1)
+            tensors |= {"lora_B0": tensors["lora_B"].clone(), "lora_A0": tensors["lora_A"].clone()}
         if self.layout == "kernel":
-            a = a.reshape(rank, *parameter.shape[1:])
-            b = b.reshape(rows, rank, *[1] * (parameter.ndim - 2))
-        return {"lora_B": b, "lora_A": a}
+            for name, tensor in tensors.items():
+                after = parameter.shape[1:] if name.startswith("lora_A") else [rank, *[1] * (parameter.ndim - 2)]
+                tensors[name] = tensor.reshape(tensor.shape[0], *after)
+        return tensors
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        a, b = tensors["lora_A"], tensors["lora_B"]
+        left, right = self._factors(tensors["lora_B"], tensors["lora_A"])
+        if "lora_A0" in tensors:
+            # B·A − B₀·A₀ = (B − B₀)·A + B₀·(A − A₀): exactly nothing at the start, and nothing cancels later.
+            left0, right0 = self._factors(tensors["lora_B0"], tensors["lora_A0"])
+            left, right = torch.cat([left - left0, left0], dim=-1), torch.cat([right, right - right0], dim=-2)
+        return LowRank(base, left, right, self.scale, self.dropout)
+
+    def _factors(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The adapter's tensors as left and right factor of the weight as it is stored."""
         if self.layout == "transposed":
-            a, b = b.mT, a.mT
-        elif self.layout == "kernel":
+            return a.mT, b.mT
+        if self.layout == "kernel":
             groups = a.shape[0] // b.shape[1]
             a, b = a.flatten(1), b.flatten(1)
             if groups > 1:  # PEFT's grouped convolutions: every group has its own share of the rank
-                a = rearrange(a, "(g r) c -> g r c", g=groups)
-                b = rearrange(b, "(g o) r -> g o r", g=groups)
-        return LowRank(base, b, a, self.scale, self.dropout)
+                return rearrange(b, "(g o) r -> g o r", g=groups), rearrange(a, "(g r) c -> g r c", g=groups)
+        return b, a
+
+    def _parts_of(self, matrix: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """A₀ and B₀: the part of W that a residual initialisation starts at, of at most `rank` directions."""
+        matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+        rank = min(self.rank, *matrix.shape[-2:])
+        if self.initialization == "olora":
+            q, r = torch.linalg.qr(matrix)
+            return r[..., :rank, :], q[..., :rank]
+        basis = None
+        if self.initialization != "pissa":  # Halko et al., 2011: an orthonormal basis of the range, by power iterations
+            mixed = torch.empty(*matrix.shape[:-2], matrix.shape[-1], rank, dtype=matrix.dtype, device=matrix.device)
+            basis = torch.linalg.qr(matrix @ mixed.normal_(generator=generator)).Q
+            for _ in range(int(self.initialization.removeprefix("pissa_niter_"))):
+                basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+        u, sigma, vh = torch.linalg.svd(matrix if basis is None else basis.mT @ matrix, full_matrices=False)
+        root = (sigma[..., :rank] / self.scale).sqrt()
+        u = u if basis is None else basis @ u
+        return root.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
+
+
+def check_rank(method: str, rank: object, rank_pattern: Mapping[str, object] | None) -> None:
+    """Refuse a rank that is not a whole number of at least 1."""
+    for pattern, value in [("", rank), *(rank_pattern or {}).items()]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            place = f" (rank_pattern {pattern!r})" if pattern else ""
+            raise AdaptError(f"{method} needs a whole rank of at least 1, got rank={value!r}{place}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Refuse a dropout that is no probability."""
+    if not 0.0 <= dropout < 1.0:
+        raise AdaptError(f"dropout is a probability in [0, 1), got dropout={dropout!r}")
+
+
+def layout_of(site: Site, conv: Conv = "kernel") -> Layout:
+    """How a site's parameter is seen as a matrix, or as a stack of matrices."""
+    if is_a(site.module, HF_CONV1D):
+        return "transposed"
+    if isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight":
+        return conv
+    return "stacked" if site.parameter.ndim > 2 else "matrix"
+
+
+def matrix_of(shape: torch.Size, layout: Layout) -> tuple[list[int], int, int]:
+    """Leading dimensions, rows (outputs) and columns (inputs) of a parameter seen in a layout."""
+    if layout == "kernel":
+        return [], shape[0], prod(shape[1:])
+    if layout == "balanced":
+        return [], *balanced(shape)
+    *lead, rows, columns = shape
+    return (lead, columns, rows) if layout == "transposed" else (lead, rows, columns)
+
+
+def as_matrix(parameter: Tensor, layout: Layout) -> Tensor:
+    """A parameter as the matrix, outputs by inputs, or stack of matrices that it is seen as in a layout."""
+    lead, rows, columns = matrix_of(parameter.shape, layout)
+    return parameter.mT if layout == "transposed" else parameter.reshape(*lead, rows, columns)
 
 
 def balanced(shape: torch.Size) -> tuple[int, int]:
