@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from models import METHODS, ROWS, Inputs, Row, assert_close, dense_of, flat, loss_of, pairs, rows, run_dense, shake
+from models import (
+    BY_NAME,
+    METHODS,
+    ROWS,
+    Inputs,
+    Row,
+    assert_close,
+    dense_of,
+    flat,
+    loss_of,
+    mixtral,
+    pairs,
+    rows,
+    run_dense,
+    shake,
+)
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -97,7 +113,7 @@ def test_pure_call_in_training_equals_the_dense_reference(row: Row, method: str)
         assert_close(gradient, reference, what=f"gradient of {name}")
 
 
-ENCODERS = tuple(row.name for row in ROWS if "encoder" in row.name) + ("transformer", "bert", "cnn")
+ENCODERS = (*(row.name for row in ROWS if "encoder" in row.name), "transformer", "bert", "cnn")
 
 
 @pairs(*ENCODERS)
@@ -153,6 +169,19 @@ def test_a_fresh_adapter_is_the_identity(row: Row) -> None:
             assert_close(flat(adapted.base(*inputs[0], **inputs[1])), wanted, what="base")
         adapted = row.adapt(row.model().train(), "svdiff")
         assert_close(flat(adapted(*inputs[0], **inputs[1])), wanted, what="svdiff")
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_experts_as_transformers_runs_them_by_default(method: str) -> None:
+    # The grouped kernel takes no float64, so the dense reference is the merged model.
+    row = dataclasses.replace(BY_NAME["mixtral"], build=lambda: mixtral("grouped_mm"))
+    adapted = shake(row.adapt(row.model(torch.float32), method))
+    merged = adapted.merge()
+    args, kwargs = row.call(torch.float32)
+    found, wanted = adapted(*args, **kwargs).logits, merged(*args, **kwargs).logits
+    assert_close(found, wanted)
+    loss_of(found).backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters())
 
 
 def test_the_table_names_each_model_once() -> None:

@@ -13,7 +13,9 @@ ROOT = Path(gift_func.__file__).parent
 FLOORS = [
     ["errors", "weights._torch"],
     ["weights.names", "weights.value"],
-    ["weights.call", "weights.low_rank", "weights.scattered", "weights.spectral"],
+    ["weights.call", "weights.circulant", "weights.low_rank", "weights.reshaped", "weights.rotated", "weights.scaled",
+     "weights.scattered", "weights.spectral"],
+    ["weights.magnitude"],
     ["weights.slot"],
     ["weights.rules.attention", "weights.rules.convolution", "weights.rules.embedding", "weights.rules.products",
      "weights.rules.views"],
@@ -23,6 +25,7 @@ FLOORS = [
     ["methods.method"],
     ["methods.full"],
     ["methods.lora"],
+    ["methods.matrix"],
     ["methods.*"],
     ["methods"],
     ["fused"],
