@@ -1,4 +1,4 @@
-"""The quickstart's data: the sentences of the package chatterbot-corpus, by language and topic."""
+"""The quickstart's data: what people ask and answer, from the package chatterbot-corpus, by language."""
 
 from __future__ import annotations
 
@@ -13,22 +13,17 @@ import torch
 import yaml
 from torch import Tensor
 
-# Files of the corpus that have one subject ("conversations", "trivia" and "gossip" have none). The order is the head's.
-TOPICS = (
-    "ai botprofile compliment emotion food games greetings health history humor "
-    "language literature money movies politics proverbs psychology science sports unilab"
-).split()
-ALIASES = {"sport": "sports", "history_brasil": "history", "linguistic_knowledge": "language"}
+KINDS = ("question", "answer")
 SEED, BATCH = 0, 32
 
 Encode = Callable[[list[str]], dict[str, Tensor]]
 
 
 class Row(NamedTuple):
-    """A sentence and the number of its topic."""
+    """A sentence and whether it was asked (0) or answered (1)."""
 
     text: str
-    topic: int
+    kind: int
 
 
 class Split(NamedTuple):
@@ -46,26 +41,29 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def read(language: str) -> Split:
-    """A language's sentences, 70 % of the conversations to train on and 30 % held out."""
+def read(language: str, train: int = 640, held_out: int = 400) -> Split:
+    """A language's sentences in lower case and without punctuation, which would give a question away.
+
+    Args:
+        language: a folder of the corpus.
+        train: sentences to train on, at most.
+        held_out: sentences to keep back, at most; 30 % of the conversations are theirs.
+    """
     conversations: dict[str, list[Row]] = {}
     for file in sorted((package_folder("chatterbot_corpus") / "data" / language).glob("*.yml")):
-        topic = ALIASES.get(file.stem, file.stem)
-        if topic in TOPICS:
-            for said in yaml.safe_load(file.read_text(encoding="utf8"))["conversations"]:
-                # A question and its first two answers: a few questions have dozens, and would make most of the data.
-                rows = [Row(" ".join(str(text).split()), TOPICS.index(topic)) for text in said[:3]]
-                conversations.setdefault(plain(rows[0].text), []).extend(rows)
+        for asked, answered, *_ in (c for c in yaml.safe_load(file.read_text(encoding="utf8"))["conversations"] if len(c) > 1):
+            rows = [Row(plain(str(asked)), 0), Row(plain(str(answered)), 1)]
+            conversations.setdefault(rows[0].text, []).extend(rows)
     # Split by question, so that no answer is held out whose question was trained on, and drop what comes twice.
     questions = sorted(conversations)
     random.Random(SEED).shuffle(questions)
     cut = round(0.3 * len(questions))
     seen = {""}
     halves: list[list[Row]] = []
-    for half in (questions[cut:], questions[:cut]):
-        fresh = {plain(row.text): row for question in half for row in conversations[question] if plain(row.text) not in seen}
+    for half, most in ((questions[cut:], train), (questions[:cut], held_out)):
+        fresh = {row.text: row for question in half for row in conversations[question] if row.text not in seen}
         seen.update(fresh)
-        halves.append(list(fresh.values()))
+        halves.append(list(fresh.values())[:most])
     return Split(*halves)
 
 
@@ -77,17 +75,17 @@ def plain(text: str) -> str:
 def batches(
     rows: list[Row], encode: Encode, shuffle: random.Random | None = None
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Batches of sentences of like length (short ones should not wait for the padding of long ones), and their topics."""
+    """Batches of sentences of like length (short ones should not wait for the padding of long ones), and their kinds."""
     jitter = shuffle.random if shuffle else lambda: 0.0
     ordered = sorted(rows, key=lambda row: len(row.text) + 8 * jitter())
     chunks = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
     if shuffle:
         shuffle.shuffle(chunks)
     for chunk in chunks:
-        yield encode([row.text for row in chunk]), torch.tensor([row.topic for row in chunk])
+        yield encode([row.text for row in chunk]), torch.tensor([row.kind for row in chunk])
 
 
 def majority(split: Split) -> float:
-    """Accuracy of always answering the language's most frequent topic."""
-    top = Counter(row.topic for row in split.train).most_common(1)[0][0]
-    return sum(row.topic == top for row in split.held_out) / len(split.held_out)
+    """Accuracy of always saying the more frequent kind."""
+    top = Counter(row.kind for row in split.train).most_common(1)[0][0]
+    return sum(row.kind == top for row in split.held_out) / len(split.held_out)

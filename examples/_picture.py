@@ -39,9 +39,7 @@ def draw(path: Path, result: Result) -> None:
     with plt.rc_context(style):
         figure = plt.figure(figsize=(14, 8), facecolor=PAPER)
         figure.text(0.05, 0.925, "One frozen encoder, one small adapter per language", fontsize=23, weight="bold")
-        subtitle = (
-            "What is this sentence about? all-MiniLM-L6-v2 (an English encoder), accuracy on sentences held out from training"
-        )
+        subtitle = "Asked or answered? all-MiniLM-L6-v2, an English encoder, on held-out sentences without case and punctuation"
         figure.text(0.05, 0.883, subtitle, fontsize=12.5, color=MUTED)
         heat_map(figure.add_axes((0.115, 0.09, 0.365, 0.62)), result)
         bars(figure.add_axes((0.57, 0.43, 0.385, 0.28)), result)
@@ -60,10 +58,10 @@ def headline(axes: Axes, text: str, under: str, height: float) -> None:
 
 def heat_map(axes: Axes, result: Result) -> None:
     names = [name.capitalize() for name in result.languages]
-    axes.imshow(result.matrix, cmap=SHADES, vmin=0, vmax=0.9, aspect="auto")
+    axes.imshow(result.matrix, cmap=SHADES, vmin=0.45, vmax=0.95, aspect="auto")
     for i, row in enumerate(result.matrix):
         for j, value in enumerate(row):
-            shade = "white" if value > 0.42 else INK
+            shade = "white" if value > 0.7 else INK
             weight = "bold" if i == j else "normal"
             axes.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=18, color=shade, weight=weight)
     axes.set_xticks(range(len(names)), names, fontsize=12)
@@ -84,7 +82,7 @@ def heat_map(axes: Axes, result: Result) -> None:
 def bars(axes: Axes, result: Result) -> None:
     kinds = [
         ("untrained", PALE, result.before),
-        ("commonest topic", GREY, result.majority),
+        ("commoner kind", GREY, result.majority),
         ("head only", MIDDLE, result.head_only),
         ("adapter + head", DARK, result.after),
     ]

@@ -1,11 +1,11 @@
 """One frozen encoder, four languages, four adapters.
 
     python examples/quickstart.py            # a minute or two on two free cores, no network
-    python examples/quickstart.py --quick    # two languages, fewer epochs
+    python examples/quickstart.py --quick    # two languages, fewer steps
 
-The encoder is all-MiniLM-L6-v2, which knows English. The task is to tell what a sentence is about ("movies", "money", ...) in
-English, Italian, Portuguese and Dutch. Each language gets its own adapter: LoRA in the encoder's layers and a head, trained
-together and kept in one small file. The encoder itself never changes, and the script checks that it did not.
+The encoder is all-MiniLM-L6-v2, which knows English. The task: was this sentence asked or answered, its case and punctuation
+taken away, in English, Italian, Portuguese and Dutch. Each language gets its own adapter: LoRA in the encoder's layers and a
+head, trained together and kept in one small file. The encoder never changes, and the script checks that it did not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the weights come from a package: nothing i
 
 import torch
 import torch.nn.functional as F
-from _data import BATCH, TOPICS, Encode, Row, batches, majority, package_folder, read
+from _data import KINDS, Encode, Row, batches, majority, package_folder, read
 from _picture import Result, draw
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,10 +36,10 @@ import gift_func as gf
 
 LANGUAGES = ["english", "italian", "portuguese", "dutch"]
 SENTENCES = {
-    "english": "Who is the best football player?",
-    "italian": "Quanto denaro serve per essere felici?",
-    "portuguese": "Quem descobriu o Brasil?",
-    "dutch": "Wat is je favoriete film?",
+    "english": "who is the best football player",
+    "italian": "chi ha inventato il telefono",
+    "portuguese": "foi um navegador de lisboa",
+    "dutch": "wat is je favoriete film",
 }
 SEED = 0
 
@@ -76,38 +77,38 @@ def pretrained() -> tuple[Classifier, Encode]:
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
     torch.manual_seed(SEED)
-    return Classifier(encoder, encoder.config.hidden_size, len(TOPICS)).eval(), encode
+    return Classifier(encoder, encoder.config.hidden_size, len(KINDS)).eval(), encode
 
 
 # --- training and measuring
 
 
-def train(adapted: gf.AdaptedModel, rows: list[Row], encode: Encode, epochs: int, bar: tqdm[None]) -> None:
+def train(adapted: gf.AdaptedModel, rows: list[Row], encode: Encode, steps: int, bar: tqdm[None]) -> None:
     """The usual loop: the adapter's parameters are all that `adapted` has, so they are all that can learn."""
-    optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * -(-len(rows) // BATCH), pct_start=0.2)
+    optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.2)
     shuffle = random.Random(SEED)
     torch.manual_seed(SEED)  # the encoder's own dropout
+    endless = (batch for _ in count() for batch in batches(rows, encode, shuffle))
     adapted.train()
-    for _ in range(epochs):
-        for inputs, topics in batches(rows, encode, shuffle):
-            loss = F.cross_entropy(adapted(**inputs), topics)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
-            bar.update()
+    for inputs, kinds in islice(endless, steps):
+        loss = F.cross_entropy(adapted(**inputs), kinds)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
+        bar.update()
     adapted.eval()
 
 
 def fit_head(model: Classifier, rows: list[Row], encode: Encode) -> dict[str, Tensor]:
-    """A head for the encoder as it is: each sentence goes through it once. The adapter's start, and its rival."""
-    states, topics = answers(model.embed, rows, encode)
+    """A head for the encoder as it is: the adapter's rival. Each sentence goes through the encoder once."""
+    states, kinds = answers(model.embed, rows, encode)
     head = copy.deepcopy(model.head)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.01)
     for _ in range(200):
-        loss = F.cross_entropy(head(states), topics)
+        loss = F.cross_entropy(head(states), kinds)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,14 +117,14 @@ def fit_head(model: Classifier, rows: list[Row], encode: Encode) -> dict[str, Te
 
 @torch.no_grad()
 def answers(network: Callable[..., Tensor], rows: list[Row], encode: Encode) -> tuple[Tensor, Tensor]:
-    """What the network answers to all the rows, and their topics."""
-    made = [(network(**inputs), topics) for inputs, topics in batches(rows, encode)]
-    return torch.cat([answer for answer, _ in made]), torch.cat([topics for _, topics in made])
+    """What the network answers to all the rows, and their kinds."""
+    made = [(network(**inputs), kinds) for inputs, kinds in batches(rows, encode)]
+    return torch.cat([answer for answer, _ in made]), torch.cat([kinds for _, kinds in made])
 
 
 def accuracy(network: nn.Module, rows: list[Row], encode: Encode) -> float:
-    said, topics = answers(network, rows, encode)
-    return int((said.argmax(-1) == topics).sum()) / len(topics)
+    said, kinds = answers(network, rows, encode)
+    return int((said.argmax(-1) == kinds).sum()) / len(kinds)
 
 
 def census(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -154,10 +155,10 @@ def show(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="two languages, fewer epochs")
+    parser.add_argument("--quick", action="store_true", help="two languages, fewer steps")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "quickstart.png", help="the picture")
     options = parser.parse_args()
-    languages, epochs = (LANGUAGES[2:], 1) if options.quick else (LANGUAGES, 4)
+    languages, steps = (LANGUAGES[::2], 50) if options.quick else (LANGUAGES, 100)
     folder: Path = options.out.parent
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -178,16 +179,15 @@ def main() -> None:
     print(f"one frozen model of {size:,} parameters, {len(languages)} adapters of {learns:,} each ({learns / size:.1%})\n")
 
     before = {language: accuracy(adapters[language], data[language].held_out, encode) for language in languages}
-    steps = sum(epochs * -(-len(data[language].train) // BATCH) for language in languages)
     rival: dict[str, float] = {}
-    bar: tqdm[None] = tqdm(total=steps, unit="step", mininterval=0.5)
+    bar: tqdm[None] = tqdm(total=steps * len(languages), unit="step", mininterval=0.5)
     with bar:
         for language in languages:
-            # A head that fits the frozen encoder is where adapter and head set out from together.
-            adapters[language].load_adapter_state_dict(fit_head(model, data[language].train, encode), strict=False)
-            rival[language] = accuracy(adapters[language], data[language].held_out, encode)
             bar.set_description(f"{language:10}")
-            train(adapters[language], data[language].train, encode, epochs, bar)
+            start = adapters[language]
+            head = {**start.adapter_state_dict(), **fit_head(model, data[language].train, encode)}
+            rival[language] = accuracy(start.with_adapter(head), data[language].held_out, encode)
+            train(adapters[language], data[language].train, encode, steps, bar)
 
     # Swapping: one network takes each adapter's tensors in turn. They are plain data, and the base stays where it is.
     network = adapters[languages[0]]
@@ -218,8 +218,8 @@ def main() -> None:
     print("\nthe same sentence through every adapter")
     for language in languages:
         inputs = encode([SENTENCES[language]])
-        said = {name: TOPICS[int(adapted(**inputs).argmax())] for name, adapted in loaded.items()}
-        print(f"  {SENTENCES[language]:42}" + "".join(f"  {name[:2]}: {topic:11}" for name, topic in said.items()))
+        said = {name: KINDS[int(adapted(**inputs).argmax())] for name, adapted in loaded.items()}
+        print(f"  {SENTENCES[language]:42}" + "".join(f"  {name[:2]}: {kind:9}" for name, kind in said.items()))
 
     print("\nwhat was claimed")
     check(all(after[name] > max(before[name], chance[name]) for name in languages), "training beat the start and the majority")
