@@ -95,7 +95,7 @@ def bars(axes: Axes, result: Result) -> None:
             axes.text(x, height + 0.015, f"{100 * height:.0f}", ha="center", va="bottom", fontsize=11, weight=weight)
     axes.set_xticks(range(len(result.languages)), [name.capitalize() for name in result.languages], fontsize=12)
     axes.set_yticks([])
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.12)
     axes.axhline(0, color=MUTED, linewidth=1)
     headline(axes, "Before and after", "accuracy in %, each adapter on its own language", 52)
     axes.legend(

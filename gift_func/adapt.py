@@ -154,6 +154,7 @@ def _assemble(
             raise AdaptError(f"two adapted parameters would both name a tensor {name!r}; adapt one of them by another method")
         tensors[name] = nn.Parameter(tensor.detach(), requires_grad=trained)
 
+    names: dict[int, dict[str, str]] = {}
     shared_names: dict[int, list[str]] = {}
     groups: dict[int, list[Placement]] = {}
     for placement in placements:
@@ -168,8 +169,10 @@ def _assemble(
         for local, tensor in made.items():
             add(placement.full_name(local), tensor, trained=local not in placement.method.frozen)
         common = shared_names.setdefault(id(placement.rule), list(shared))
-        names = {local: placement.full_name(local) for local in made} | {local: local for local in common}
-        parts.append(Part(placement.name, placement.method, names))
+        names[id(placement)] = {local: placement.full_name(local) for local in made} | {local: local for local in common}
+    for placement in placements:
+        led = names[id(placement.lead)] if placement.lead else {}
+        parts.append(Part(placement.name, placement.method, {**led, **names[id(placement)]}))
     for name, parameter in fresh.items():
         tensors[name] = parameter
         parts.append(Part(name, Full(), {"": name}))

@@ -14,6 +14,7 @@ from .adapter import AdapterDict
 from .base import BaseView, FrozenBase
 from .body import Body, Part
 from .errors import StateError, nearest
+from .methods import Method
 from .show import summary, tree
 from .strategy import Strategy
 from .structure import Structure, clone
@@ -230,7 +231,12 @@ class AdaptedModel(nn.Module):
 
     def summary(self) -> str:
         """A table of the adapted parameters, their methods and sizes, and what is trained of the whole."""
-        rows = [(part.name, part.method, [self.adapter[name] for name in part.names.values()]) for part in self.parts]
+        rows: list[tuple[str, Method, list[Tensor]]] = []
+        counted: set[str] = set()
+        for part in self.parts:
+            own = [name for name in part.names.values() if name not in counted]
+            counted.update(own)
+            rows.append((part.name, part.method, [self.adapter[name] for name in own]))
         return summary(self._body.base, rows)
 
     # --- names

@@ -29,12 +29,14 @@ class Placement:
         site: where the parameter was found; another place of it, where it is tied.
         method: the method, settled for the site.
         rule: the method as it stands in the rule; placements of one rule share tensors.
+        lead: the placement that this one came along with, whose tensors it sees.
     """
 
     name: str
     site: Site
     method: Method
     rule: Method
+    lead: Placement | None = None
 
     def full_name(self, tensor: str) -> str:
         """The global name of one of the method's tensors."""
@@ -135,7 +137,8 @@ class Strategy:
         """The strategy that leads to just these placements."""
         names: dict[Method, list[str]] = {}
         for placement in placements:
-            names.setdefault(placement.method, []).append(re.escape(placement.name))
+            if placement.lead is None:  # the others come along again
+                names.setdefault(placement.method, []).append(re.escape(placement.name))
         return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
 
     def to_json(self) -> str:
@@ -178,7 +181,7 @@ class Strategy:
             for param_name, method in placement.method.companions(placement.site).items():
                 group = sites.get(join(placement.site.module_name, param_name), [])
                 if group and group[0].name not in taken:
-                    taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]), method)
+                    taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]), method, placement)
         order = {group[0].name: position for position, group in enumerate(groups)}
         ordered = {name: taken[name] for name in sorted(taken, key=order.__getitem__)}
         return Explanation(self, groups, base.structure.modules, ordered, seen, reasons)

@@ -244,16 +244,18 @@ class _Walk:
             if sites and not chosen:
                 raise AdaptError(f"{outcome} cannot adapt any parameter of {where}")
         for site, method in chosen:
-            self._add(site, method)
+            lead = self._add(site, method)
             for param_name, companion in method.at(site).companions(site).items():
-                if param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
-                    self._add(sites[param_name], companion)
+                if lead and param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
+                    self._add(sites[param_name], companion, lead)
 
-    def _add(self, site: Site, method: Method) -> None:
+    def _add(self, site: Site, method: Method, lead: Placement | None = None) -> Placement | None:
         name = self._canonical[site.name]
-        if name not in self._taken:  # a tied parameter is adapted once
-            self._taken.add(name)
-            self.placements.append(Placement(name, site, method.at(site), method))
+        if name in self._taken:  # a tied parameter is adapted once
+            return None
+        self._taken.add(name)
+        self.placements.append(Placement(name, site, method.at(site), method, lead))
+        return self.placements[-1]
 
 
 def _check_placements(placements: Iterable[Placement], body: Structure, fresh: Mapping[str, nn.Parameter]) -> None:
