@@ -1,5 +1,6 @@
 """Functional, immutable adapters for PyTorch: a frozen base, adapters as data, no monkey-patching."""
 
+from . import interop as interop
 from . import select as select
 from . import weights as weights
 from .adapt import adapt as adapt
@@ -13,15 +14,30 @@ from .errors import StateError as StateError
 from .files import load_adapter as load_adapter
 from .files import save_adapter as save_adapter
 from .functional import functional_call as functional_call
+from .methods import BOFT as BOFT
+from .methods import C3A as C3A
+from .methods import HRA as HRA
+from .methods import IA3 as IA3
+from .methods import OFT as OFT
+from .methods import AdaLoRA as AdaLoRA
 from .methods import BitFit as BitFit
+from .methods import Bottleneck as Bottleneck
 from .methods import Diff as Diff
+from .methods import DoRA as DoRA
+from .methods import FourierFT as FourierFT
 from .methods import Full as Full
+from .methods import HiRA as HiRA
+from .methods import LoHa as LoHa
+from .methods import LoKr as LoKr
 from .methods import LoRA as LoRA
 from .methods import Method as Method
+from .methods import MiSS as MiSS
+from .methods import MixingLoRA as MixingLoRA
 from .methods import NormTuning as NormTuning
 from .methods import SHiRA as SHiRA
 from .methods import SVDiff as SVDiff
 from .methods import TrainableTokens as TrainableTokens
+from .methods import VeRA as VeRA
 from .select import Selector as Selector
 from .select import Site as Site
 from .strategy import Strategy as Strategy

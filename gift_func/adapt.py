@@ -13,11 +13,11 @@ from .adapted import AdaptedModel
 from .base import FrozenBase, as_tensor
 from .body import Part
 from .errors import AdaptError
-from .methods import Full, Method
+from .methods import Full, Graft, Method
 from .select import Site
 from .strategy import Placement, Strategy
 from .structure import Structure, clone
-from .surgery import Rules, caps_of, is_protocol, operate
+from .surgery import Rules, caps_of, is_protocol, operate, seeded
 
 
 def adapt(
@@ -75,7 +75,10 @@ def _adapt(
     base = base_of(model)
     if rules is not None:
         plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
-        return _assemble(base, base.structure.copy(clone), rules.place(base, plain), {}, rules, initial)
+        placements = rules.place(base, plain)
+        body, fresh = _grafted(base, placements, generator)
+        placements = [placement for placement in placements if not isinstance(placement.method, Graft)]
+        return _assemble(base, body, placements, fresh, rules, initial)
     operation = operate(base, caps_of(strategy), generator)
     rules = None if operation.changed else Strategy.by_name(operation.placements)
     return _assemble(base, operation.body, operation.placements, operation.fresh, rules, initial)
@@ -101,6 +104,22 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
         structure.bind(name, as_tensor(weight.eval()))
     trainable = frozenset(structure.places) & (body.base.trainable | {part.name for part in body.parts})
     return FrozenBase(structure, trainable)
+
+
+def _grafted(
+    base: FrozenBase, placements: Sequence[Placement], generator: torch.Generator | None
+) -> tuple[Structure, dict[str, nn.Parameter]]:
+    """A body with the modules that placements add, and those modules' parameters."""
+    body = base.structure.copy(clone)
+    grafts = [(placement.name, placement.method) for placement in placements if isinstance(placement.method, Graft)]
+    if not grafts:
+        return body, {}
+    known = {id(body.tensor(name)) for name in body.places}
+    with seeded(generator):
+        for name, method in grafts:
+            method.graft(body.modules[name])
+    body = Structure(body.module)
+    return body, {name: body.tensor(name) for name in body.places if id(body.tensor(name)) not in known}
 
 
 class Initial:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .adapter import AdapterDict
 from .base import BaseView, FrozenBase
 from .body import Body, Part
-from .errors import StateError, nearest
+from .errors import AdaptError, StateError, nearest
 from .methods import Method
+from .methods.graft import Scion
 from .show import summary, tree
 from .strategy import Strategy
 from .structure import Structure, clone
@@ -178,9 +179,15 @@ class AdaptedModel(nn.Module):
 
         Its parameters require grad where the original model's did; its buffers are this model's. Where the adapter's
         element type is wider than the weight's, the sum is formed in the wider and rounded once.
+
+        Raises:
+            AdaptError: if a method added modules (Bottleneck), which no weight can take in.
         """
         self._body.settle(self.adapter.current())
         base, structure = self._body.base, self._body.structure
+        for name, module in structure.modules.items():
+            if isinstance(module, Scion):
+                raise AdaptError(f"{name!r} was added to the network and is part of no weight, so it cannot be merged")
         learned = {
             id(structure.tensor(name)) for name in structure.places if name in base.trainable or name not in base.weights
         }

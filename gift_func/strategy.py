@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import FrozenBase
 from .errors import AdaptError, nearest
-from .methods import Method
+from .methods import Graft, Method
 from .select import Regex, Selector, Site, as_selector
 from .select import from_dict as selector_from_dict
 from .structure import join
@@ -163,15 +164,27 @@ class Strategy:
         seen = [0] * len(self.rules)
         reasons: list[tuple[Site, str] | None] = [None] * len(self.rules)
         taken: dict[str, tuple[int, Placement]] = {}
+        left_out: dict[str, tuple[int, Site, str]] = {}
         groups = base.sites(model)
+        for index, (selector, method) in enumerate(self.rules):
+            if isinstance(method, Graft):
+                for site in _hosts(base, model, selector or as_selector(method.takes)):
+                    reason = method.refuses(site)
+                    if reason is not None:
+                        reasons[index] = reasons[index] or (site, reason)
+                        continue
+                    seen[index] += 1
+                    taken.setdefault(site.name, (index, Placement(site.name, site, method, method)))
         for group in groups:
             for index, site in ((i, s) for i in range(len(self.rules)) for s in group):
                 selector, method = self.rules[index]
-                if not (method.takes(site) if selector is None else selector(site)):
+                if isinstance(method, Graft) or not (method.takes(site) if selector is None else selector(site)):
                     continue
                 reason = method.refuses(site)
                 if reason is not None:
                     reasons[index] = reasons[index] or (site, reason)
+                    if method.takes(site):
+                        left_out.setdefault(group[0].name, (index, site, reason))
                     continue
                 seen[index] += 1
                 if group[0].name not in taken:
@@ -183,8 +196,9 @@ class Strategy:
                 if group and group[0].name not in taken:
                     taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]), method, placement)
         order = {group[0].name: position for position, group in enumerate(groups)}
-        ordered = {name: taken[name] for name in sorted(taken, key=order.__getitem__)}
-        return Explanation(self, groups, base.structure.modules, ordered, seen, reasons)
+        ordered = {name: taken[name] for name in sorted(taken, key=lambda name: order.get(name, -1))}
+        left_out = {name: refusal for name, refusal in left_out.items() if name not in taken}
+        return Explanation(self, groups, base.structure.modules, ordered, seen, reasons, left_out)
 
     def place(self, base: FrozenBase, model: nn.Module | None = None) -> list[Placement]:
         """The placements, one for each adapted parameter.
@@ -208,6 +222,8 @@ class Explanation:
         taken: parameter name -> (index of the rule, placement).
         selected: for each rule, how many sites it selects that its method can adapt, won or not.
         reasons: for each rule, a selected site that its method cannot adapt, and what is missing.
+        left_out: parameters of a kind that a rule's method usually takes, which it cannot adapt and no other rule takes:
+            parameter name -> (index of the rule, site, what is missing).
     """
 
     strategy: Strategy
@@ -216,6 +232,7 @@ class Explanation:
     taken: dict[str, tuple[int, Placement]]
     selected: list[int]
     reasons: list[tuple[Site, str] | None]
+    left_out: dict[str, tuple[int, Site, str]]
 
     def check(self) -> None:
         """Raise an `AdaptError` for the first rule that takes nothing or passes over a computed weight."""
@@ -226,14 +243,10 @@ class Explanation:
                 self._check_computed(method)
             if index in won:
                 continue
-            label = f"rule {index} ({'usual sites' if selector is None else repr(selector)}: {method})"
+            label = self._label(index)
             reason = self.reasons[index]
             if reason is not None:
-                site, needed = reason
-                raise AdaptError(
-                    f"{label} cannot adapt {site.name!r} of {type(site.module).__name__}: it needs {needed}, and the "
-                    f"parameter is {site.parameter.dtype} of shape {tuple(site.parameter.shape)}. Choose another method for it."
-                )
+                raise self._cannot(index, *reason)
             if self.selected[index]:
                 raise AdaptError(f"{label} takes nothing: earlier rules take all it selects. Move it up, or drop it.")
             wanted = "" if selector is None else getattr(selector, "pattern", "")
@@ -242,6 +255,20 @@ class Explanation:
             raise AdaptError(
                 f"{label} matches nothing in a model of {len(self.groups)} parameters. {remedy}; {nearest(wanted, known)}."
             )
+
+        for index, site, reason_left in self.left_out.values():
+            raise self._cannot(index, site, reason_left)
+
+    def _label(self, index: int) -> str:
+        selector, method = self.strategy.rules[index]
+        return f"rule {index} ({'usual sites' if selector is None else repr(selector)}: {method})"
+
+    def _cannot(self, index: int, site: Site, needed: str) -> AdaptError:
+        return AdaptError(
+            f"{self._label(index)} cannot adapt {site.name!r} of {type(site.module).__name__}: it needs {needed}, and the "
+            f"parameter is {site.parameter.dtype} of shape {tuple(site.parameter.shape)}. Give it a rule of its own with "
+            "another method, or leave it out of this one."
+        )
 
     def _check_computed(self, method: Method) -> None:
         for module_name, module in self.modules.items():
@@ -266,6 +293,9 @@ class Explanation:
                     "-" if placement is None else str(placement.method),
                 )
             )
+        for name, (index, placement) in self.taken.items():
+            if isinstance(placement.method, Graft):
+                rows.append((name, type(placement.site.module).__name__, str(index), str(placement.method)))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -278,3 +308,15 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _hosts(base: FrozenBase, model: nn.Module | None, selector: Selector) -> list[Site]:
+    """The outermost modules that a selector selects, as sites; the model itself is none."""
+    root = base.structure.module if model is None else model
+    nothing = torch.empty(0)
+    found: list[Site] = []
+    for name, module in root.named_modules():
+        site = Site(name, name, "", module, next(module.parameters(), nothing))
+        if name and not any(name.startswith(f"{outer.name}.") for outer in found) and selector(site):
+            found.append(site)
+    return found

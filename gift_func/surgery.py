@@ -112,7 +112,7 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
     versions = {id(tensor): version for tensor, version in handed}
     before = _census(body.module)
     walk = _Walk(body, caps)
-    with _seeded(generator):
+    with seeded(generator):
         root = walk.run()
     after = _census(root)
     changed = len(before) != len(after) or not all(map(is_, before, after))
@@ -306,7 +306,7 @@ def _parameters(body: Structure) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
     """With a generator, new modules draw from a state seeded by it, and the global random state stays as it was."""
     if generator is None:
         yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdaptError
 from ..select import Site
-from ..weights import LowRank, Weight
+from ..weights import LowRank, Residual, Weight
 from .full import Full
 from .method import FrozenMap, Method, is_a, is_computed
 
@@ -28,8 +28,27 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
+class OnMatrices(Method):
+    """A method for whatever can be seen as a matrix, which has LoRA's usual sites."""
+
+    def takes(self, site: Site) -> bool:
+        if isinstance(site.module, nn.MultiheadAttention):
+            return site.param_name in PACKED
+        layer = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) or is_a(site.module, HF_CONV1D)
+        return layer and site.param_name == "weight"
+
+    def refuses(self, site: Site) -> str | None:
+        if site.parameter.ndim < 2:
+            return "a parameter of at least 2 dimensions, to be written as a product of two factors"
+        return super().refuses(site)
+
+    def overlooks(self, module: nn.Module) -> str | None:
+        layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        return "weight" if layer and is_computed(module, "weight") else None
+
+
 @dataclass(frozen=True, init=False)
-class LoRA(Method):
+class LoRA(OnMatrices):
     """`W' = W + s·B·A` with `s = alpha / rank`: a change of low rank beside the frozen weight.
 
     The change that training makes to a large weight has a low intrinsic rank, so two thin factors carry it. B starts at
@@ -147,22 +166,8 @@ class LoRA(Method):
     def starts_as_base(self) -> bool:
         return self.initialization != "random"
 
-    def takes(self, site: Site) -> bool:
-        if isinstance(site.module, nn.MultiheadAttention):
-            return site.param_name in PACKED
-        layer = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) or is_a(site.module, HF_CONV1D)
-        return layer and site.param_name == "weight"
-
     def refuses(self, site: Site) -> str | None:
-        if site.parameter.ndim < 2:
-            return "a parameter of at least 2 dimensions, to be written as a product of two factors"
-        if self.dropout and isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)):
-            return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
-        return super().refuses(site)
-
-    def overlooks(self, module: nn.Module) -> str | None:
-        layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
-        return "weight" if layer and is_computed(module, "weight") else None
+        return super().refuses(site) or refuses_dropout(self.dropout, site)
 
     def at(self, site: Site) -> Self:
         return self.but(
@@ -212,11 +217,10 @@ class LoRA(Method):
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         left, right = self._factors(tensors["lora_B"], tensors["lora_A"])
-        if "lora_A0" in tensors:
-            # B·A − B₀·A₀ = (B − B₀)·A + B₀·(A − A₀): exactly nothing at the start, and nothing cancels later.
-            left0, right0 = self._factors(tensors["lora_B0"], tensors["lora_A0"])
-            left, right = torch.cat([left - left0, left0], dim=-1), torch.cat([right, right - right0], dim=-2)
-        return LowRank(base, left, right, self.scale, self.dropout)
+        if "lora_A0" not in tensors:
+            return LowRank(base, left, right, self.scale, self.dropout)
+        start = self._factors(tensors["lora_B0"], tensors["lora_A0"])
+        return Residual(base, (left, right), start, self.scale, self.dropout)
 
     def _factors(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """The adapter's tensors as left and right factor of the weight as it is stored."""
@@ -260,6 +264,19 @@ def check_dropout(dropout: float) -> None:
     """Refuse a dropout that is no probability."""
     if not 0.0 <= dropout < 1.0:
         raise AdaptError(f"dropout is a probability in [0, 1), got dropout={dropout!r}")
+
+
+def refuses_dropout(dropout: float, site: Site) -> str | None:
+    """What is missing for dropout on an operation's input to act at a site."""
+    if dropout and isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)):
+        return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
+    return None
+
+
+def uniform(*shape: int, fan_in: int, like: Tensor, dtype: torch.dtype | None, generator: torch.Generator | None) -> Tensor:
+    """A tensor drawn uniformly from ±1/sqrt(fan_in), where `like` is; its element type unless another is given."""
+    made = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return made.uniform_(-1, 1, generator=generator).div_(sqrt(max(fan_in, 1)))
 
 
 def layout_of(site: Site, conv: Conv = "kernel") -> Layout:

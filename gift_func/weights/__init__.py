@@ -1,13 +1,29 @@
 """Structured weights: how a changed weight acts, and the slot that routes torch functions to it."""
 
 from . import rules as rules
+from .circulant import Circulant as Circulant
+from .fourier import Fourier as Fourier
 from .low_rank import LowRank as LowRank
+from .magnitude import Magnitude as Magnitude
+from .mixing import Mixing as Mixing
+from .reshaped import Reshaped as Reshaped
+from .residual import Residual as Residual
+from .rotated import Blocks as Blocks
+from .rotated import Reflected as Reflected
+from .rotated import Rotated as Rotated
+from .rotated import cayley as cayley
+from .rotated import neumann as neumann
+from .rotated import skew as skew
+from .scaled import Scaled as Scaled
 from .scattered import Rows as Rows
 from .scattered import Scattered as Scattered
+from .shared import BlockAffine as BlockAffine
+from .shared import SharedShards as SharedShards
 from .slot import Slot as Slot
 from .slot import rule as rule
 from .slot import weight_of as weight_of
 from .spectral import Spectral as Spectral
+from .triple import Triple as Triple
 from .value import Delta as Delta
 from .value import Dense as Dense
 from .value import OnBase as OnBase

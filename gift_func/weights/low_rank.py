@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdaptError
-from .value import Convolution, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
+from .fused_linear import low_rank_linear
+from .value import Convolution, Dense, Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
 
 
 class LowRank(OnBase):
@@ -61,8 +62,12 @@ class LowRank(OnBase):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self._is_matrix:
             return super().linear(x, bias)
+        if isinstance(self.base, Dense) and not self.dropout:
+            y = low_rank_linear(x, self.base.tensor, bias, self.left, self.right, self.scale)
+            if y is not None:
+                return y
         thin = F.dropout(x, self.dropout) if self.dropout else x
-        if thin.dtype != self.right.dtype and not torch.is_autocast_enabled(x.device.type):
+        if thin.dtype != self.right.dtype and not autocasts(x):
             thin = thin.to(self.right.dtype)
         change = dense_linear(dense_linear(thin, self.right, None), self.left, None)
         return add_scaled(self.base.linear(x, bias), change, self.scale)

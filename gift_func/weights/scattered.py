@@ -58,7 +58,7 @@ class Rows(OnBase):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.base.linear(x, bias)
-        thin = x if torch.is_autocast_enabled(x.device.type) else x.to(self.replacement.dtype)
+        thin = x if autocasts(x) else x.to(self.replacement.dtype)
         part = None if bias is None else bias.index_select(0, self.indices).to(thin.dtype)
         return y.index_copy(-1, self.indices, dense_linear(thin, self.replacement, part).to(y.dtype))
 

@@ -52,6 +52,11 @@ def assert_formula(
     for name, a, b in zip(names, got, want, strict=True):
         assert b.abs().max() > 0, f"{name}: nothing to compare"
         assert_near(a, b, 1e-10, name)
+    # What rests between calls must follow an optimizer's step.
+    for parameter, gradient in zip(tensors, got, strict=True):
+        parameter.data.sub_(0.1 * gradient)
+    stepped = torch.func.functional_call(copy.deepcopy(model), formula(adapted.adapter_state_dict()), inputs)
+    assert_near(adapted(*inputs), stepped, 1e-10, "after a step")
 
 
 def peft_of(model: nn.Module, config: Any, size: float = 0.3) -> tuple[nn.Module, dict[str, Tensor]]:

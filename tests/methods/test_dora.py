@@ -166,3 +166,11 @@ def test_refusals(options: dict[str, Any], said: str) -> None:
 
 def test_law_of_compilation() -> None:
     testing.check(METHOD, ["linear", "experts", "conv2d grouped"], ["one_compile_for_all", "vmap_is_loop", "loaded_is_saved"])
+
+
+def test_autocast_keeps_the_element_type_of_the_base() -> None:
+    model = nn.Linear(6, 4)
+    adapted = shaken(gf.adapt(model, gf.DoRA(rank=2)))
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapted(x).dtype == model(x).dtype == torch.bfloat16

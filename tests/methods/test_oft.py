@@ -41,13 +41,14 @@ def rotation(method: gf.OFT, t: Mapping[str, Tensor], width: int, number: int | 
         eye = torch.eye(len(q), dtype=q.dtype)
         if method.neumann and method.side == "input":
             powers = [torch.linalg.matrix_power(q, k) for k in range(method.neumann)]
-            blocks.append(eye + 2 * sum(powers[1:-1]) + powers[-1])
+            blocks.append(eye + 2 * torch.stack(powers[1:-1]).sum(0) + powers[-1])
         else:
             blocks.append((eye - q) @ torch.linalg.inv(eye + q))
             torch.testing.assert_close(blocks[-1] @ blocks[-1].T, eye)
     if method.block_share:
         blocks = blocks * (width // len(blocks[0]))
-    return torch.block_diag(*blocks)
+    found: Tensor = torch.block_diag(*blocks)
+    return found
 
 
 def dense(method: gf.OFT, site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
@@ -58,8 +59,8 @@ def dense(method: gf.OFT, site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tens
         return dense(method, "", w.T, t).T
     matrix = w.flatten(1)
     if site == "embed.weight":
-        turned = matrix @ rotation(method, t, 8)
-        return turned * t["rescale"].flatten() if method.rescale else turned
+        looked: Tensor = matrix @ rotation(method, t, 8)
+        return looked * t["rescale"].flatten() if method.rescale else looked
     if method.side == "input":
         return (matrix @ rotation(method, t, matrix.shape[1]).T).reshape(w.shape)
     turned = rotation(method, t, matrix.shape[0]).T @ matrix

@@ -1,13 +1,4 @@
-"""The laws that every method obeys: ours, and one of your own in three lines.
-
-    from gift_func import testing
-
-    def test_my_method():
-        testing.check(MyMethod(rank=2))
-
-A law holds on a *host*, a small module of one kind of parameter. A host that a method refuses counts as
-tested by the refusal, which must name the place. A law does not know a method's formula: test that by hand.
-"""
+"""The laws, and the case of a method on a host that each of them looks at."""
 
 from __future__ import annotations
 
@@ -15,94 +6,22 @@ import copy
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .adapt import adapt
-from .adapted import AdaptedModel
-from .errors import AdaptError
-from .files import load_adapter, save_adapter
-from .functional import functional_call
-from .methods import Method
+from ..adapt import adapt
+from ..adapted import AdaptedModel
+from ..errors import AdaptError
+from ..files import load_adapter, save_adapter
+from ..functional import functional_call
+from ..methods import Method
+from .hosts import HOSTS, Around, Host
 
 Tensors = Mapping[str, Tensor]
 TOLERANCE = 1e-10
-
-
-class Around(nn.Module):
-    """A host's module between two fixed elementwise functions, so that gradients of second order are not zero."""
-
-    def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner = inner
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The host on one batch, `(batch, ...)`."""
-        return self.call(self.inner, x).tanh()
-
-
-class Experts(nn.Module):
-    """A stack of matrices as a raw parameter, `(experts, out, in)`, one expert a sample."""
-
-    def __init__(self, experts: int, d_out: int, d_in: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(experts, d_out, d_in) * 0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, experts, tokens, in)` to `(batch, experts, tokens, out)`."""
-        return x @ self.weight.mT
-
-
-@dataclass(frozen=True)
-class Host:
-    """A small module to try a method on.
-
-    Attributes:
-        parameter: the name of the parameter that is adapted.
-        module: makes the module.
-        inputs: makes a batch of four.
-        call: how the module is called.
-    """
-
-    parameter: str
-    module: Callable[[], nn.Module]
-    inputs: Callable[[], Tensor]
-    call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
-
-    def make(self, dtype: torch.dtype) -> tuple[Around, Tensor]:
-        """The host and its input, the same each time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module, x = Around(self.module(), self.call).to(dtype), self.inputs()
-        return module, x.to(dtype) if x.is_floating_point() else x
-
-
-HOSTS: dict[str, Host] = {
-    "linear": Host("weight", lambda: nn.Linear(8, 12), lambda: torch.randn(4, 3, 8)),
-    "linear square": Host("weight", lambda: nn.Linear(8, 8, bias=False), lambda: torch.randn(4, 8)),
-    "conv1d": Host("weight", lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(4, 4, 9)),
-    "conv2d": Host(
-        "weight", lambda: nn.Conv2d(4, 8, 3, padding=2, dilation=2, padding_mode="circular"), lambda: torch.randn(4, 4, 6, 6)
-    ),
-    "conv2d grouped": Host("weight", lambda: nn.Conv2d(4, 8, 3, groups=2), lambda: torch.randn(4, 4, 5, 5)),
-    "conv2d pointwise": Host("weight", lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(4, 4, 3, 3)),
-    "conv3d": Host("weight", lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(4, 4, 3, 3, 3)),
-    "embedding": Host("weight", lambda: nn.Embedding(12, 8), lambda: torch.arange(16).reshape(4, 4) % 12),
-    "attention": Host(
-        "in_proj_weight",
-        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
-        lambda: torch.randn(4, 3, 8),
-        lambda module, x: module(x, x, x)[0],
-    ),
-    "experts": Host("weight", lambda: Experts(2, 8, 4), lambda: torch.randn(4, 2, 3, 4)),
-    "bias": Host("bias", lambda: nn.Linear(8, 12), lambda: torch.randn(4, 8)),
-    "norm": Host("weight", lambda: nn.LayerNorm(8), lambda: torch.randn(4, 3, 8)),
-}
 
 
 class Case:
@@ -176,6 +95,14 @@ def gradients_arrive(case: Case) -> None:
     for name, parameter in case.adapted.named_trainable_parameters():
         assert parameter.grad is not None, f"{name} got no gradient"
     assert all(parameter.grad is None for parameter in case.model.parameters()), "the base got a gradient"
+
+
+def training_is_followed(case: Case) -> None:
+    """A step of an optimizer shows at the next call: nothing of the weight was computed ahead."""
+    adapted = case.adapted
+    adapted(case.x).square().sum().backward()
+    torch.optim.SGD(adapted.trainable_parameters(), lr=0.05).step()
+    _equal(adapted(case.x), case.dense(dict(adapted.adapter.items())))
 
 
 def vmap_is_loop(case: Case) -> None:
@@ -275,6 +202,7 @@ LAWS: dict[str, Law] = {
         starts_as_base,
         rule_is_dense,
         gradients_arrive,
+        training_is_followed,
         vmap_is_loop,
         per_sample_gradients_are_loop,
         forward_mode_is_reverse_mode,
@@ -361,6 +289,3 @@ def _equal(found: Tensor, wanted: Tensor, what: str = "output") -> None:
     off = (found - wanted).abs().max().item() if found.numel() else 0.0
     size = max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0)
     assert off <= TOLERANCE * size, f"{what} is off by {off:.1e}, where sizes go up to {size:.1e}"
-
-
-__all__ = ["HOSTS", "LAWS", "Case", "Host", "check", "element_type_is_kept", "refuses"]

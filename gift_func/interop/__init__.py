@@ -1,0 +1,3 @@
+"""Other libraries' files: read them, write them."""
+
+from . import peft as peft

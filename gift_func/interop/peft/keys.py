@@ -1,0 +1,137 @@
+"""Tensors' names and shapes in a PEFT file, and in an adapter here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...methods.lora import CONVOLUTIONS, HF_CONV1D
+from ...methods.method import is_a
+from ...select import Site
+
+PREFIX = "base_model.model."
+
+
+def same(tensor: Tensor) -> Tensor:
+    """The tensor as it is."""
+    return tensor
+
+
+def flipped(tensor: Tensor) -> Tensor:
+    """The transpose, in memory of its own."""
+    return tensor.mT.contiguous()
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """Twice the tensor, exactly."""
+    return tensor * 2
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """Half the tensor, exactly."""
+    return tensor / 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a PEFT file and where it belongs here.
+
+    Attributes:
+        key: its key in the file.
+        local: the method's own name of the tensor that it makes.
+        read: from the file's shape to ours.
+        write: from our shape to the file's.
+    """
+
+    key: str
+    local: str
+    read: Callable[[Tensor], Tensor] = same
+    write: Callable[[Tensor], Tensor] = same
+
+
+class Paths:
+    """Where PEFT's wrappers put things: each wrapper around a module adds a step `base_layer` to what is inside.
+
+    Args:
+        wrappers: module name -> how many wrappers PEFT puts around it.
+    """
+
+    def __init__(self, wrappers: Mapping[str, int]) -> None:
+        self.wrappers = wrappers
+
+    def outside(self, module_name: str) -> str:
+        """The key of a module's outermost wrapper, or of the module where there is none."""
+        path, done = PREFIX.removesuffix("."), ""
+        for step in module_name.split(".") if module_name else []:
+            path += ".base_layer" * (self.wrappers.get(done, 0) if done else 0)
+            done = f"{done}.{step}" if done else step
+            path += f".{step}"
+        return path
+
+    def inside(self, module_name: str) -> str:
+        """The key of the module itself, within its wrappers."""
+        return self.outside(module_name) + ".base_layer" * self.wrappers.get(module_name, 0)
+
+
+def is_target(module: nn.Module) -> bool:
+    """Whether PEFT's LoRA adapts such a module by its weight."""
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS)) or is_a(module, HF_CONV1D)
+
+
+def by_module(site: Site) -> bool:
+    """Whether PEFT's LoRA reaches the parameter by naming its module; any other it reaches by naming the parameter."""
+    if isinstance(site.module, nn.MultiheadAttention):
+        return site.param_name == "in_proj_weight"
+    return is_target(site.module) and site.param_name == "weight"
+
+
+def lora_module(path: str, site: Site, twice: bool = False) -> list[Entry]:
+    """The factors of a module's weight.
+
+    Args:
+        path: the module's outermost wrapper.
+        site: the weight.
+        twice: whether it is the `out_proj` of an attention that PEFT adapts. PEFT merges its change and then has the layer
+            merge it again, so there a file's tensors stand for twice their product.
+    """
+    if isinstance(site.module, nn.Embedding):
+        # PEFT's product is that of the transposed table.
+        return [
+            Entry(f"{path}.lora_embedding_A", "lora_B", flipped, flipped),
+            Entry(f"{path}.lora_embedding_B", "lora_A", flipped, flipped),
+        ]
+    b = (doubled, halved) if twice else (same, same)
+    return [Entry(f"{path}.lora_A.weight", "lora_A"), Entry(f"{path}.lora_B.weight", "lora_B", *b)]
+
+
+def lora_parameter(path: str, site: Site) -> list[Entry]:
+    """The factors of a parameter that is named itself: a matrix, or a stack of them, one for each expert.
+
+    PEFT flattens a stack's ranks into one axis, A's with the expert in front, B's with the rank in front.
+    """
+    a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+    if site.parameter.ndim == 2:
+        if is_a(site.module, HF_CONV1D):
+            return [Entry(a, "lora_B", flipped, flipped), Entry(b, "lora_A", flipped, flipped)]
+        return [Entry(a, "lora_A"), Entry(b, "lora_B")]
+    experts = site.parameter.shape[0]
+    if getattr(site.module, "is_transposed", False):
+        return [
+            Entry(a, "lora_B", *_patterns("(e r) i", "e i r", experts)),
+            Entry(b, "lora_A", *_patterns("o (r e)", "e r o", experts)),
+        ]
+    return [
+        Entry(a, "lora_A", *_patterns("(e r) i", "e r i", experts)),
+        Entry(b, "lora_B", *_patterns("o (r e)", "e o r", experts)),
+    ]
+
+
+def _patterns(theirs: str, ours: str, experts: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    return (
+        partial(rearrange, pattern=f"{theirs} -> {ours}", e=experts),
+        partial(rearrange, pattern=f"{ours} -> {theirs}"),
+    )

@@ -1,0 +1,96 @@
+"""Reading a PEFT directory onto a model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from einops import EinopsError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...adapt import base_of, readapt
+from ...adapted import AdaptedModel
+from ...base import FrozenBase
+from ...errors import AdaptError, FileError, StateError
+from . import config as configs
+from .lora import plan_lora
+from .plan import Plan
+from .table import KINDS
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def load(
+    model: nn.Module | FrozenBase,
+    directory: str | os.PathLike[str],
+    *,
+    ignore: Collection[str] = (),
+) -> AdaptedModel:
+    """Read an adapter that PEFT saved, or `save` did, onto a model. PEFT is not needed, and nothing is unpickled.
+
+    Every tensor of the file must have its place in the model, and every place that the config names must have its tensors,
+    so an adapter of another model is refused and not half read.
+
+    Args:
+        model: the model the adapter was made for; it is not touched.
+        directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        ignore: keys of the config to pass over, where a file has some that are not known here and change nothing.
+
+    Returns:
+        The adapted model, in the training mode of `model`; what the file holds is trainable.
+
+    Raises:
+        FileError: if a file is missing, damaged or a pickle; if the config asks for what is not supported, by its key; if
+            the tensors do not fit the config or the model. Nothing was changed then.
+
+    Example:
+        >>> import torch, gift_func as gf, tempfile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> directory = tempfile.mkdtemp()
+        >>> gf.interop.peft.save(gf.adapt(model, {"1": gf.LoRA(rank=2)}), directory)
+        >>> list(gf.interop.peft.load(model, directory).adapter)
+        ['1.lora_B', '1.lora_A']
+    """
+    folder = Path(directory)
+    config = configs.read(folder)
+    kind = config["peft_type"].upper()
+    if kind != "LORA" and kind not in KINDS:
+        raise FileError(
+            f"{folder / configs.FILE} is of peft_type {kind!r}; supported are {', '.join(['LORA', *sorted(KINDS)])}"
+        )
+    tensors = read_tensors(folder)
+    base = base_of(model)
+    try:
+        plan = Plan(base, tensors)
+        if kind == "LORA":
+            plan_lora(plan, config, ignore)
+        else:
+            KINDS[kind].plan(plan, config, ignore)
+        plan.finish()
+        return readapt(base, plan.strategy(), plan.state)
+    except (AdaptError, StateError, EinopsError, re.error) as error:
+        raise FileError(f"{folder} does not fit the model: {error}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a directory's weight file.
+
+    Raises:
+        FileError: if it is missing, damaged, or a pickle.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise FileError(
+                f"{folder} holds its weights as a pickle, adapter_model.bin, which is not read: loading one can run any "
+                "code. Convert it where you trust it: load it with PEFT and call save_pretrained."
+            )
+        raise FileError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None

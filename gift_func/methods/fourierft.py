@@ -1,0 +1,115 @@
+"""FourierFT: a change is learned at a few of its frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import AdaptError
+from ..select import Site
+from ..weights import Fourier, Weight
+from .lora import first_match
+from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
+from .method import FrozenMap
+
+
+@dataclass(frozen=True, init=False)
+class FourierFT(MatrixMethod):
+    """`W' = W + scaling·Re(F⁻¹(S))`: S is zero but at n random places, where it is trained.
+
+    Few frequencies describe a change of full rank. Their places are drawn once, kept and saved with the adapter.
+
+    Shapes: fourierft_spectrum `(n,)`, fourierft_indices `(2, n)`, row and column in S; a kernel is a matrix
+    `(out, in/groups·k...)`.
+
+    Args:
+        n_frequency: n, at most the number of the weight's elements.
+        scaling: the factor before the change.
+        random_loc_seed: what the places are drawn with, the same for weights of one size, as in PEFT; None: `adapt`'s
+            generator, anew for each weight.
+        init: `"normal"`, as in the paper: the network does not start as the base; or `"zeros"`.
+        n_frequency_pattern: n of the sites whose module name ends in what a key (a regular expression) matches.
+
+    Raises:
+        AdaptError: for an n below 1 or an unknown init.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(4, 2), gf.FourierFT(n_frequency=3))
+        >>> {name: tuple(p.shape) for name, p in adapted.adapter.items()}
+        {'fourierft_spectrum': (3,), 'fourierft_indices': (2, 3)}
+
+    References:
+        Gao et al., Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, 2024 (arXiv:2405.03003).
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"fourierft_indices"})
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777
+    # Named so because `init` is the method's function; the constructor's argument is `init`.
+    initialization: Literal["normal", "zeros"] = field(default="normal", metadata={"argument": "init"})
+    n_frequency_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
+    view: View = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+
+    def __init__(
+        self,
+        n_frequency: int = 1000,
+        *,
+        scaling: float = 150.0,
+        random_loc_seed: int | None = 777,
+        init: Literal["normal", "zeros"] = "normal",
+        n_frequency_pattern: Mapping[str, int] | None = None,
+    ) -> None:
+        for pattern, value in [("", n_frequency), *(n_frequency_pattern or {}).items()]:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                place = f" (n_frequency_pattern {pattern!r})" if pattern else ""
+                raise AdaptError(f"FourierFT needs a whole n_frequency of at least 1, got n_frequency={value!r}{place}")
+        if init not in ("normal", "zeros"):
+            raise AdaptError(f"init is one of normal, zeros, got init={init!r}")
+        object.__setattr__(self, "n_frequency", n_frequency)
+        object.__setattr__(self, "scaling", scaling)
+        object.__setattr__(self, "random_loc_seed", random_loc_seed)
+        object.__setattr__(self, "initialization", init)
+        object.__setattr__(self, "n_frequency_pattern", FrozenMap(n_frequency_pattern))
+        object.__setattr__(self, "view", "matrix")
+
+    @property
+    def starts_as_base(self) -> bool:
+        return self.initialization == "zeros"
+
+    def refuses(self, site: Site) -> str | None:
+        settled = self.at(site)
+        if site.parameter.ndim >= 2 and settled.n_frequency > matrix_shape(site.parameter.shape, settled.view)[-2:].numel():
+            return f"at least n_frequency={settled.n_frequency} elements"
+        return super().refuses(site)
+
+    def at(self, site: Site) -> FourierFT:
+        return self.but(
+            n_frequency=first_match(self.n_frequency_pattern, site.module_name, self.n_frequency),
+            n_frequency_pattern=FrozenMap(),
+            view=view_of(site),
+        )
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        parameter, n = site.parameter, self.n_frequency
+        *lead, rows, columns = matrix_shape(parameter.shape, self.view)
+        spectrum = torch.zeros(*lead, n, dtype=parameter.dtype, device=parameter.device)
+        if self.initialization == "normal":
+            spectrum.normal_(generator=generator)
+        if parameter.is_meta:
+            places = torch.empty(n, dtype=torch.long, device="meta")
+        else:
+            seeded = generator if self.random_loc_seed is None else torch.Generator().manual_seed(self.random_loc_seed)
+            device = None if seeded is None else seeded.device
+            places = torch.randperm(rows * columns, generator=seeded, device=device)[:n].to(parameter.device)
+        return {"fourierft_spectrum": spectrum, "fourierft_indices": torch.stack([places // columns, places % columns])}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        spectrum, indices = tensors["fourierft_spectrum"], tensors["fourierft_indices"]
+        return on_matrix(base, self.view, lambda matrix: Fourier(matrix, spectrum, indices, self.scaling))

@@ -1,0 +1,108 @@
+"""HRA: features are turned by a few Householder reflections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import AdaptError
+from ..select import Site
+from ..weights import Reflected, Weight
+from .lora import first_match
+from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
+from .method import FrozenMap
+
+
+@dataclass(frozen=True)
+class HRA(MatrixMethod):
+    """`W' = W·H₁·H₂⋯H_r`, each `H_i = I - 2·u_i·u_iᵀ / |u_i|²` a Householder reflection.
+
+    r reflections are an orthogonal matrix that differs from the identity by rank r: OFT and LoRA at once. Columns of u
+    start as equal pairs, whose reflections undo each other, so an adapted network of even rank starts as the base. The
+    chain is never formed: it is `I - U·T·Uᵀ` with a triangular T of size r (the compact WY form).
+
+    Shapes: hra_u `(in, r)`; a kernel is a matrix `(out, in/groups·k...)`; an embedding's features are reflected.
+
+    Args:
+        rank: r, the number of reflections.
+        apply_gs: reflect along the columns made orthogonal by Gram-Schmidt, `H = I - 2·Q·Qᵀ`. Then equal pairs cannot be
+            made orthogonal, columns start at random, and the network does not start as the base.
+        rank_pattern: rank of the sites whose module name ends in what a key (a regular expression) matches; first hit.
+
+    Raises:
+        AdaptError: for a rank below 1.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(8, 2), gf.HRA(rank=4))
+        >>> {name: tuple(p.shape) for name, p in adapted.adapter.items()}
+        {'hra_u': (8, 4)}
+
+    References:
+        Yuan et al., Bridging the Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, 2024
+        (arXiv:2405.17484); Schreiber and Van Loan, A Storage-Efficient WY Representation, 1989.
+    """
+
+    rank: int = 8
+    _: KW_ONLY
+    apply_gs: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    view: View | Literal["lookup"] = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
+        for pattern, rank in [("", self.rank), *self.rank_pattern.items()]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                place = f" (rank_pattern {pattern!r})" if pattern else ""
+                raise AdaptError(f"HRA needs a whole rank of at least 1, got rank={rank!r}{place}")
+
+    @property
+    def starts_as_base(self) -> bool:
+        return not self.apply_gs and not any(rank % 2 for rank in (self.rank, *self.rank_pattern.values()))
+
+    def refuses(self, site: Site) -> str | None:
+        if self.apply_gs and site.parameter.ndim >= 2:
+            settled = self.at(site)
+            if settled.rank > settled._width(site.parameter.shape):
+                return f"a width of at least rank={settled.rank}, for as many orthogonal columns"
+        return super().refuses(site)
+
+    def at(self, site: Site) -> HRA:
+        return self.but(
+            rank=first_match(self.rank_pattern, site.module_name, self.rank),
+            rank_pattern=FrozenMap(),
+            view="lookup" if is_lookup(site) else view_of(site),
+        )
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        parameter = site.parameter
+        lead = parameter.shape[:-2] if self.view == "matrix" else ()
+        paired = not self.apply_gs and self.rank % 2 == 0
+        shape = (*lead, self._width(parameter.shape), self.rank // 2 if paired else self.rank)
+        u = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        u = u.uniform_(-1, 1, generator=generator) / sqrt(shape[-1])
+        return {"hra_u": u.repeat_interleave(2, dim=-1) if paired else u}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        view = "matrix" if self.view == "lookup" else self.view
+        return on_matrix(base, view, lambda matrix: Reflected(matrix, tensors["hra_u"], self.factors))
+
+    def factors(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """U `(..., in, r)` and T·Uᵀ `(..., r, in)` of `H = I - U·T·Uᵀ`."""
+        u = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        if self.apply_gs:
+            q = torch.linalg.qr(u).Q
+            return q, 2 * q.mT
+        u = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)
+        # T⁻¹ holds the products of different columns above its diagonal, and halves on it.
+        eye = torch.eye(self.rank, dtype=u.dtype, device=u.device)
+        inverse = torch.triu(u.mT @ u, diagonal=1) + eye / 2
+        return u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)
+
+    def _width(self, shape: torch.Size) -> int:
+        return shape[-1] if self.view == "lookup" else matrix_shape(shape, self.view)[-1]

@@ -1,0 +1,172 @@
+"""LoHa: the change is the elementwise product of two low-rank matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import AdaptError
+from ..select import Site
+from ..weights import LowRank, OnBase, Weight
+from ..weights.value import add_scaled
+from .lora import Layout, OnMatrices, check_rank, first_match, layout_of, matrix_of, uniform
+from .method import FrozenMap
+
+Init = Literal["kaiming", "normal", "random"]
+
+
+class Hadamard(OnBase):
+    """`W + s·reshape((A₁·B₁) ⊙ (A₂·B₂))`.
+
+    Args:
+        base: W.
+        factors: A₁ `(..., rows, r)`, B₁ `(..., r, columns)`, A₂, B₂.
+        cores: Tucker cores `(r, r, k...)`, with A `(rows, r)` and B `(r, channels)` on their first two sides; None without.
+        scale: s.
+        transposed: whether W is stored `(columns, rows)`.
+    """
+
+    def __init__(
+        self, base: Weight, factors: Mapping[str, Tensor], cores: Mapping[str, Tensor], scale: float, transposed: bool
+    ) -> None:
+        self.base = base
+        self.a1, self.b1 = factors["w1_a"], factors["w1_b"]
+        self.a2, self.b2 = factors["w2_a"], factors["w2_b"]
+        self.t1, self.t2 = cores.get("t1"), cores.get("t2")
+        self.scale = scale
+        self.transposed = transposed
+
+    def dense(self) -> Tensor:
+        first = _product(self.a1 * self.scale, self.b1, self.t1)
+        change = first * _product(self.a2, self.b2, self.t2)
+        change = change.mT if self.transposed else change.reshape(self.base.shape)
+        return add_scaled(self.base.dense(), change, 1.0)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows, rank = self.a1.shape[-2:]
+        columns = self.b1.shape[-1]
+        tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
+        # The product of rows a ⊙ b of two factors of rank r is a factor of rank r²: for few tokens the cheaper way.
+        few = (tokens + 1) * rank * (rows + columns) < 2 * rows * columns
+        if not few or self.t1 is not None or self.base.shape != torch.Size([rows, columns]):
+            return super().linear(x, bias)
+        left = (self.a1.unsqueeze(-1) * self.a2.unsqueeze(-2)).flatten(-2)
+        right = (self.b1.unsqueeze(-2) * self.b2.unsqueeze(-3)).flatten(-3, -2)
+        return LowRank(self.base, left, right, self.scale).linear(x, bias)
+
+
+@dataclass(frozen=True, init=False)
+class LoHa(OnMatrices):
+    """`W' = W + s·(A₁·B₁) ⊙ (A₂·B₂)` with `s = alpha / rank`: a Hadamard product of two low-rank changes.
+
+    Its rank reaches r², where LoRA's with as many parameters reaches 2r. B₂ starts at zero.
+
+    Shapes (a kernel is the matrix `(out, in/groups·k...)` unless `use_effective_conv2d`; stacks of matrices lead with
+    their dimensions; transformers' Conv1D, stored `(in, out)`, counts as `(out, in)`):
+
+    | tensor | matrix | kernel with cores |
+    |---|---|---|
+    | hada_w1_a, hada_w2_a | `(out, r)` | `(r, out)` |
+    | hada_w1_b, hada_w2_b | `(r, in)` | `(r, in/groups)` |
+    | hada_t1, hada_t2 | none | `(r, r, k...)`, of a Conv1d `(r, r, k, 1)` as in PEFT |
+
+    Args:
+        rank: r.
+        alpha: the numerator of s; None means alpha = rank, hence s = 1.
+        use_effective_conv2d: give a kernel wider than one element a Tucker form: each factor is a core that A and B
+            multiply on its two sides of channels.
+        init: `"kaiming"` (uniform in ±1/sqrt(fan in)) and `"normal"` (LyCORIS's) start as the base; `"random"` does not.
+        rank_pattern: rank by module name, as in `LoRA`.
+        alpha_pattern: the same for alpha.
+        dtype: element type of the tensors; None means that of the parameter.
+
+    Raises:
+        AdaptError: for a rank below 1 or an unknown init.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(4, 3), gf.LoHa(rank=2))
+        >>> {name: tuple(p.shape) for name, p in adapted.adapter.items()}
+        {'hada_w1_a': (3, 2), 'hada_w1_b': (2, 4), 'hada_w2_a': (3, 2), 'hada_w2_b': (2, 4)}
+
+    References:
+        Hyeon-Woo et al., FedPara, 2021 (arXiv:2108.06098), whose tanh around the factors is left out, as in
+        Yeh et al., LyCORIS, 2023 (arXiv:2309.14859).
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    use_effective_conv2d: bool = False
+    initialization: Init = field(default="kaiming", metadata={"argument": "init"})
+    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
+    alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
+    dtype: torch.dtype | None = None
+    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        use_effective_conv2d: bool = False,
+        init: Init = "kaiming",
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_rank("LoHa", rank, rank_pattern)
+        if init not in get_args(Init):
+            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
+        values = (rank, alpha, use_effective_conv2d, init, FrozenMap(rank_pattern), FrozenMap(alpha_pattern), dtype, "matrix")
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def starts_as_base(self) -> bool:
+        return self.initialization != "random"
+
+    def at(self, site: Site) -> Self:
+        return self.but(
+            rank=first_match(self.rank_pattern, site.module_name, self.rank),
+            alpha=first_match(self.alpha_pattern, site.module_name, self.alpha),
+            rank_pattern=FrozenMap(),
+            alpha_pattern=FrozenMap(),
+            layout=layout_of(site),
+        )
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        parameter, r = site.parameter, self.rank
+        lead, rows, columns = matrix_of(parameter.shape, self.layout)
+        tucker = self.use_effective_conv2d and self.layout == "kernel" and prod(parameter.shape[2:]) > 1
+        shapes = {"a": (*lead, rows, r), "b": (*lead, r, columns)}
+        if tucker:
+            sides = tuple(parameter.shape[2:]) if parameter.ndim > 3 else (parameter.shape[2], 1)
+            shapes = {"a": (r, rows), "b": (r, parameter.shape[1]), "t": (r, r, *sides)}
+        made = {}
+        for i in (1, 2):
+            for part, shape in shapes.items():
+                fan_in = prod(shape[1:]) if part == "t" else shape[-1]
+                tensor = uniform(*shape, fan_in=fan_in, like=parameter, dtype=self.dtype, generator=generator)
+                if self.initialization == "normal":
+                    tensor.normal_(std=1.0 if part == "b" else 0.1, generator=generator)
+                made[f"hada_t{i}" if part == "t" else f"hada_w{i}_{part}"] = tensor
+        if self.starts_as_base:
+            made["hada_w2_b" if self.initialization == "kaiming" else "hada_w1_a"].zero_()
+        return made
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        tensors = {name.removeprefix("hada_"): tensor for name, tensor in tensors.items()}
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        if "t1" in tensors:
+            tensors |= {"w1_a": tensors["w1_a"].mT, "w2_a": tensors["w2_a"].mT}
+        return Hadamard(base, tensors, tensors, scale, self.layout == "transposed")
+
+
+def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """`A·B`, or, around a Tucker core, A on its first side and B on its second: `(out, in, k...)`."""
+    return a @ b if core is None else torch.einsum("ij...,jc,oi->oc...", core, b, a)

@@ -1,0 +1,110 @@
+"""MiSS: one small trained shard is shared by all shards of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdaptError
+from ..select import Site
+from ..weights import BlockAffine, SharedShards, Weight
+from .lora import first_match
+from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
+from .method import FrozenMap
+
+
+@dataclass(frozen=True)
+class MiSS(MatrixMethod):
+    """`W' = W + Δ` with `Δ[o, i] = D[i mod r, o]`: inputs r apart share one trained weight.
+
+    The inputs are added up in r groups before they meet D, so a change of rank r costs one thin product, half of LoRA's.
+    D starts at zero, so an adapted network starts as the base.
+
+    Shapes of miss_block, by mode; a kernel is a matrix `(out, in/groups·k...)`:
+
+    | mode | shape | change |
+    |---|---|---|
+    | `"default"` | `(r, out)` | `Δ[o, i] = D[i mod r, o]` |
+    | `"mini"` | `(r, mini_rank)` | `Δ[o, i] = D[i mod r, o mod mini_rank]` |
+    | `"bat"` | `(out/r, r, r)` | `W·D + D`, every r×r block of W by the D of its row |
+
+    Args:
+        rank: r, at most in; in the mode `"bat"` a divisor of in and out.
+        mode: `"default"`, `"mini"` or `"bat"` (PEFT's `init_weights`).
+        mini_rank: a divisor of out, for the mode `"mini"`.
+        dropout: probability of dropping an input feature on its way into the change, in training; not in `"bat"`.
+        rank_pattern: rank of the sites whose module name ends in what a key (a regular expression) matches; first hit.
+
+    Raises:
+        AdaptError: for a rank below 1, an unknown mode, or a dropout outside [0, 1) or in the mode `"bat"`.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> adapted = gf.adapt(torch.nn.Linear(8, 4), gf.MiSS(rank=2))
+        >>> {name: tuple(p.shape) for name, p in adapted.adapter.items()}
+        {'miss_block': (2, 4)}
+
+    References:
+        Kang and Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, 2024
+        (arXiv:2409.15371), at first named Bone and Bat.
+    """
+
+    rank: int = 64
+    _: KW_ONLY
+    mode: Literal["default", "mini", "bat"] = "default"
+    mini_rank: int = 1
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    view: View = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
+        for pattern, rank in [("", self.rank), *self.rank_pattern.items()]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                place = f" (rank_pattern {pattern!r})" if pattern else ""
+                raise AdaptError(f"MiSS needs a whole rank of at least 1, got rank={rank!r}{place}")
+        if self.mode not in ("default", "mini", "bat"):
+            raise AdaptError(f"mode is one of default, mini, bat, got mode={self.mode!r}")
+        if self.mini_rank < 1:
+            raise AdaptError(f"mini_rank is at least 1, got mini_rank={self.mini_rank!r}")
+        if not 0.0 <= self.dropout < 1.0 or (self.dropout and self.mode == "bat"):
+            where = "a probability in [0, 1)" if self.mode != "bat" else "0 in the mode 'bat', whose change needs all inputs"
+            raise AdaptError(f"dropout is {where}, got dropout={self.dropout!r}")
+
+    def refuses(self, site: Site) -> str | None:
+        settled, parameter = self.at(site), site.parameter
+        if parameter.ndim >= 2:
+            rows, columns = matrix_shape(parameter.shape, settled.view)[-2:]
+            if settled.rank > columns:
+                return f"at least rank={settled.rank} inputs"
+            if self.mode == "bat" and (rows % settled.rank or columns % settled.rank):
+                return f"a rank={settled.rank} that divides its {rows} outputs and {columns} inputs"
+            if self.mode == "mini" and rows % self.mini_rank:
+                return f"a mini_rank={self.mini_rank} that divides its {rows} outputs"
+        whole = is_lookup(site) or settled.view == "kernel" or isinstance(site.module, (nn.RNNBase, nn.RNNCellBase))
+        if self.dropout and whole:
+            return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
+        return super().refuses(site)
+
+    def at(self, site: Site) -> MiSS:
+        rank = first_match(self.rank_pattern, site.module_name, self.rank)
+        return self.but(rank=rank, rank_pattern=FrozenMap(), view=view_of(site))
+
+    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        *lead, rows, _ = matrix_shape(site.parameter.shape, self.view)
+        shape = {
+            "default": (self.rank, rows),
+            "mini": (self.rank, self.mini_rank),
+            "bat": (rows // self.rank, self.rank, self.rank),
+        }[self.mode]
+        return {"miss_block": torch.zeros(*lead, *shape, dtype=site.parameter.dtype, device=site.parameter.device)}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        block = tensors["miss_block"]
+        if self.mode == "bat":
+            return on_matrix(base, self.view, lambda matrix: BlockAffine(matrix, block))
+        return on_matrix(base, self.view, lambda matrix: SharedShards(matrix, block, self.dropout))

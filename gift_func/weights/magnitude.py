@@ -1,0 +1,119 @@
+"""`m·V/‖V‖`: a weight of given row or column norms, its direction low-rank beside the frozen weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .low_rank import LowRank
+from .value import Convolution, Index, OnBase, Weight, add_scaled, dense_linear
+
+
+class Magnitude(OnBase):
+    """`m·V/‖V‖` for `V = W + s·B·A`, each norm taken over one dimension of a matrix, or over all but a kernel's first.
+
+    Args:
+        base: V.
+        magnitude: m, as many elements as there are norms.
+        squares: |W|², the sums of W's squares over that dimension; None for a kernel, which is formed to be used anyway.
+        over: -1 for a norm of each row, -2 for one of each column.
+        detach: whether ‖V‖ counts as a constant in backward.
+    """
+
+    base: LowRank
+
+    def __init__(self, base: Weight, magnitude: Tensor, squares: Tensor | None, over: int, detach: bool) -> None:
+        assert isinstance(base, LowRank)
+        self.base = base
+        self.magnitude = magnitude
+        self.squares = squares
+        self.over = over
+        self.detach_norm = detach
+
+    def norm(self) -> Tensor:
+        """‖V‖, one a row or column, without forming V where it is a matrix."""
+        v = self.base
+        if self.squares is None:
+            kernel = v.eval().dense().flatten(1)
+            kernel = kernel.detach() if self.detach_norm else kernel
+            wide = torch.promote_types(kernel.dtype, torch.float32)
+            lengths: Tensor = torch.linalg.vector_norm(kernel, dim=1, dtype=wide)
+            return lengths
+        weight, left, right = v.base, v.left, v.right
+        if self.detach_norm:
+            left, right = left.detach(), right.detach()
+        if self.over == -2:
+            weight, left, right = weight.mT, right.mT, left.mT
+        across = weight.linear(right.to(weight.dtype)).mT  # W·Aᵀ, through the base's own structure
+        left, right, across = (t.to(self.squares.dtype) for t in (left, right, across))
+        # |W + s·B·A|² = |W|² + 2s·⟨W·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩ in every row.
+        gram: Tensor = ((left @ (right @ right.mT)) * left).sum(-1) * v.scale**2
+        total = self.squares + 2 * v.scale * (across * left).sum(-1) + gram
+        # Where V all but vanishes its square is a difference as small as rounding: take no less than that, nor nothing.
+        limits = torch.finfo(total.dtype)
+        return torch.maximum(total, ((self.squares + gram) * limits.eps).clamp_min(limits.tiny)).sqrt()
+
+    def _gain(self) -> Tensor:
+        """m / ‖V‖, 0 where both are: V is."""
+        norm = self.norm().to(self.magnitude.dtype)
+        return self.magnitude.reshape(norm.shape) / torch.where(norm > 0, norm, 1)
+
+    def _gain_of_features(self) -> Tensor:
+        """The gain as it meets activations `(..., tokens, features)`: one for all tokens."""
+        gain = self._gain()
+        return gain.unsqueeze(-2) if gain.ndim > 1 else gain
+
+    def dense(self) -> Tensor:
+        v = self.base.dense()
+        gain = self._gain()
+        return _scaled(v, gain.reshape(-1, *[1] * (v.ndim - 1)) if self.squares is None else gain.unsqueeze(self.over))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        v, w = self.base, self.base.base
+        if self.squares is None:
+            return super().linear(x, bias)
+        gain = self._gain_of_features()
+        if v.dropout:
+            thin = F.dropout(x, v.dropout)
+            if self.over == -2:
+                return w.linear(x, bias) + v.eval().linear(_scaled(thin, gain)) - w.linear(thin)
+            plain = w.linear(thin)
+            change = dense_linear(dense_linear(thin.to(v.right.dtype), v.right, None), v.left, None)
+            return w.linear(x, bias) + _scaled(add_scaled(plain, change, v.scale), gain) - plain
+        if self.over == -2:
+            return v.linear(_scaled(x, gain), bias)
+        y = _scaled(v.linear(x), gain)
+        return y if bias is None else y + bias.to(y.dtype)  # autocast leaves the bias wide
+
+    def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
+        w, dropout = self.base.base, self.base.dropout
+        if not dropout:
+            return super().convolve(x, conv, bias)
+        return w.convolve(x, conv, bias) + conv(F.dropout(x, dropout), self.eval().dense() - w.dense(), None)
+
+    def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        if self.over == -1:
+            return pick(self.eval().dense())  # indices are no features, so there is nothing for dropout to drop
+        rows = _scaled(self.base.lookup(pick, padding), self._gain())
+        return rows if padding is None else torch.where(padding.unsqueeze(-1), rows.detach(), rows)
+
+    @property
+    def mT(self) -> Weight:
+        if self.squares is None:
+            return super().mT
+        return Magnitude(self.base.mT, self.magnitude, self.squares, -3 - self.over, self.detach_norm)
+
+    def __getitem__(self, index: Index) -> Weight:
+        if self.squares is None or (self.over == -2 and self.ndim == 2):  # a column's norm needs all rows
+            return super().__getitem__(index)
+        return Magnitude(self.base[index], self.magnitude[index], self.squares[index], self.over, self.detach_norm)
+
+    def eval(self) -> Weight:
+        return Magnitude(self.base.eval(), self.magnitude, self.squares, self.over, self.detach_norm)
+
+
+def _scaled(x: Tensor, gain: Tensor) -> Tensor:
+    return (x * gain).to(x.dtype)

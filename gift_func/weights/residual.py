@@ -1,0 +1,48 @@
+"""`W + s·(B·A − B₀·A₀)`: a low-rank change that is measured from where it started."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .low_rank import LowRank
+from .value import Weight
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Residual(LowRank):
+    """`W + s·reshape(left @ right − left₀ @ right₀)`.
+
+    It acts as the low-rank weight of `[left − left₀, left₀] @ [right; right − right₀]`, which is the same change but
+    exactly nothing at the start, and in which nothing large cancels later.
+
+    Args:
+        base: W, of any shape.
+        now: left and right, as in `LowRank`.
+        start: left₀ and right₀, of the same shapes.
+        scale: s.
+        dropout: as in `LowRank`.
+    """
+
+    def __init__(self, base: Weight, now: Pair, start: Pair, scale: float | Tensor, dropout: float = 0.0) -> None:
+        self.base = base
+        self._left, self._right = now
+        self._left0, self._right0 = start
+        self.scale = scale
+        self.dropout = dropout
+
+    # Computed when they are asked for: between calls a weight rests while its tensors are trained.
+    @property
+    def left(self) -> Tensor:  # type: ignore[override]
+        return torch.cat([self._left - self._left0, self._left0], dim=-1)
+
+    @property
+    def right(self) -> Tensor:  # type: ignore[override]
+        return torch.cat([self._right, self._right - self._right0], dim=-2)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return LowRank(self.base, self.left, self.right, self.scale, self.dropout).linear(x, bias)
+
+    def eval(self) -> Weight:
+        return Residual(self.base.eval(), (self._left, self._right), (self._left0, self._right0), self.scale)

@@ -1,0 +1,207 @@
+"""`W·Rᵀ` and `Rᵀ·W`: a weight whose inputs or outputs are turned by an orthogonal matrix."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from .value import Index, OnBase, Weight, as_weight
+
+Side = Literal["input", "output"]
+
+
+class Rotated(OnBase):
+    """`W' = W·Rᵀ` on the input side, which turns rows of x by R before they meet W; `W' = Rᵀ·W` on the output side.
+
+    Attributes:
+        base: W, a matrix or a stack of matrices.
+        side: which side R stands on.
+        inverse: whether Rᵀ stands in R's place.
+    """
+
+    side: Side
+    inverse: bool
+
+    @abstractmethod
+    def turn(self, rows: Tensor, inverse: bool) -> Tensor:
+        """`rows @ R`, or `rows @ R.mT`, for rows of shape `(..., n, d)`."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> int:
+        """Products that turning one row takes."""
+
+    def dense(self) -> Tensor:
+        weight = self.base.dense()
+        if self.side == "input":
+            return self._turned(weight, not self.inverse)
+        return self._turned(weight.mT, self.inverse).mT
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows, columns = self.shape[-2:]
+        tokens = x.shape[:-1].numel()
+        turned = rows if self.side == "input" else columns
+        # Turning what goes through: one turn for each token. Turning the weight: one for each of its rows (columns).
+        # A gradient costs the first two turns more; the second one more, and the weight's full gradient.
+        through, forming = tokens * self.cost, turned * self.cost
+        if torch.is_grad_enabled():
+            through, forming = 3 * through, 2 * forming + tokens * rows * columns
+        if through > forming:
+            return super().linear(x, bias)
+        if self.side == "input":
+            return self.base.linear(self._turned(x, self.inverse), bias)
+        y = self._turned(self.base.linear(x), self.inverse)
+        return y if bias is None else y + bias
+
+    def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        if self.side == "output" or self.ndim != 2:
+            return super().lookup(pick, padding)
+        found = self._turned(self.base.lookup(pick, padding), not self.inverse)
+        return found if padding is None else torch.where(padding.unsqueeze(-1), found.detach(), found)
+
+    @property
+    def mT(self) -> Weight:
+        return self._with(self.base.mT, side="output" if self.side == "input" else "input", inverse=not self.inverse)
+
+    def __getitem__(self, index: Index) -> Weight:
+        if self.ndim > 2:
+            own = {name: item[index] for name, item in self.__dict__.items() if isinstance(item, Tensor)}
+            return self._with(self.base[index], **own)
+        whole = self.side == "input" and isinstance(index, slice)
+        return self._with(self.base[index]) if whole else super().__getitem__(index)
+
+    def eval(self) -> Weight:
+        return self._with(self.base.eval())
+
+    def _with(self, base: Weight, **changes: object) -> Rotated:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, base=base, **changes)
+        return made
+
+    def _turned(self, rows: Tensor, inverse: bool) -> Tensor:
+        return self.turn(rows.unsqueeze(0), inverse).squeeze(0) if rows.ndim == 1 else self.turn(rows, inverse)
+
+
+class Blocks(Rotated):
+    """R is a product of factors, each a block-diagonal matrix between a butterfly's permutation and its inverse.
+
+    `R = R_m ⋯ R_2·R_1`. The first factor turns neighbours; factor i mixes what lies `b/2·2^i` apart. One factor is plain
+    block-diagonal.
+
+    Args:
+        base: W.
+        raw: what the blocks are made of.
+        make: makes of `raw` the orthogonal blocks, `(..., m, d/b, b, b)`, or `(..., m, 1, b, b)` if all blocks of a factor
+            are one. Leading dimensions are those of a stack of matrices. Called anew by each operation.
+        size: b.
+        side: which side R stands on.
+        dropout: probability with which a block is left out, in training.
+    """
+
+    def __init__(
+        self,
+        base: Weight | Tensor,
+        raw: Tensor,
+        make: Callable[[Tensor], Tensor],
+        size: int,
+        side: Side = "input",
+        factors: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        self.base = as_weight(base)
+        self.raw = raw
+        self.make = make
+        self.size = size
+        self.side = side
+        self.factors = factors
+        self.dropout = dropout
+        self.inverse = False
+
+    @property
+    def cost(self) -> int:
+        return self.factors * self.size * self.shape[-1 if self.side == "input" else -2]
+
+    def turn(self, rows: Tensor, inverse: bool) -> Tensor:
+        blocks, size, count = self.make(self.raw), self.size, rows.shape[-1] // self.size
+        kind = torch.promote_types(rows.dtype, blocks.dtype)
+        if self.dropout:
+            kept = F.dropout(torch.ones(blocks.shape[:-2], dtype=kind, device=blocks.device), self.dropout) > 0
+            eye = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
+            blocks = torch.where(kept[..., None, None], blocks, eye)
+        blocks = (blocks.mT if inverse else blocks).to(kind)
+        turned = rows.to(kind)
+        for i in range(self.factors) if inverse else reversed(range(self.factors)):
+            # A vector lies as (segment, even or odd, block, half a block); a block takes one half of each kind.
+            if i:
+                turned = rearrange(turned, "... (s e c h) -> ... (s c e h)", e=2, c=2**i, h=size // 2)
+            factor = blocks[..., i, :, :, :].expand(*blocks.shape[:-4], count, size, size)
+            turned = torch.einsum("...nck,...ckl->...ncl", turned.unflatten(-1, (count, size)), factor).flatten(-2)
+            if i:
+                turned = rearrange(turned, "... (s c e h) -> ... (s e c h)", e=2, c=2**i, h=size // 2)
+        return turned.to(rows.dtype)
+
+    def eval(self) -> Weight:
+        return self._with(self.base.eval(), dropout=0.0)
+
+
+class Reflected(Rotated):
+    """`W' = W·H` with `H = I - left @ right`, a product of reflections held by two thin factors.
+
+    Args:
+        base: W, `(..., out, d)`.
+        raw: what the factors are made of, `(..., d, r)`.
+        make: makes of `raw` left `(..., d, r)` and right `(..., r, d)`. Called anew by each operation.
+    """
+
+    def __init__(self, base: Weight | Tensor, raw: Tensor, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.base = as_weight(base)
+        self.raw = raw
+        self.make = make
+        self.side = "input"
+        self.inverse = False
+
+    @property
+    def cost(self) -> int:
+        return 2 * self.raw.shape[-2] * self.raw.shape[-1]
+
+    def turn(self, rows: Tensor, inverse: bool) -> Tensor:
+        left, right = self.make(self.raw)
+        kind = torch.promote_types(rows.dtype, left.dtype)
+        left, right = left.to(kind), right.to(kind)
+        wide = rows.to(kind)
+        change = (wide @ left) @ right if inverse else (wide @ right.mT) @ left.mT
+        return (wide - change).to(rows.dtype)
+
+
+def skew(upper: Tensor, size: int) -> Tensor:
+    """The skew-symmetric matrices `(..., size, size)` with these elements `(..., size·(size-1)/2)` above the diagonal."""
+    i, j = torch.triu_indices(size, size, 1, device=upper.device)
+    flat = torch.zeros(*upper.shape[:-1], size * size, dtype=upper.dtype, device=upper.device)
+    matrix: Tensor = flat.index_copy(-1, i * size + j, upper).unflatten(-1, (size, size))
+    return matrix - matrix.mT
+
+
+def cayley(skewed: Tensor) -> Tensor:
+    """The orthogonal matrices `(I - Q)·(I + Q)⁻¹` of skew-symmetric Q; in float32 at least."""
+    q = skewed.to(torch.promote_types(skewed.dtype, torch.float32))
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    inverse: Tensor = torch.linalg.inv_ex(eye + q).inverse
+    return 2 * inverse - eye
+
+
+def neumann(skewed: Tensor, terms: int) -> Tensor:
+    """`I + 2Q + 2Q² + ... + Q^(terms-1)`, which nears `(I + Q)·(I - Q)⁻¹` for small Q; in float32 at least."""
+    q = skewed.to(torch.promote_types(skewed.dtype, torch.float32))
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if terms < 3:
+        return torch.add(eye, q, alpha=2 if terms == 2 else 0)
+    found: Tensor = 2 * eye + q
+    for _ in range(max(terms, 4) - 3):  # three terms are four in PEFT, whose checkpoints this must read
+        found = found @ q + 2 * eye
+    return found @ q + eye

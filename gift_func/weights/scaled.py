@@ -1,0 +1,59 @@
+"""`W ⊙ factor`: rows or columns of a weight scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .value import Index, OnBase, Weight, as_weight
+
+
+class Scaled(OnBase):
+    """`W ⊙ factor`, where the factor is constant along all but one dimension.
+
+    Args:
+        base: W, of any shape.
+        factor: of a shape that broadcasts to that of W.
+        side: whether it scales rows (`"output"`) or columns of a matrix.
+    """
+
+    def __init__(self, base: Weight | Tensor, factor: Tensor, side: Literal["output", "input"]) -> None:
+        self.base = as_weight(base)
+        self.factor = factor
+        self.side = side
+
+    def dense(self) -> Tensor:
+        return (self.base.dense() * self.factor).to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        # Scaling what goes through costs a product for each token; a scaled weight would need a full gradient.
+        across = self.shape[-1] if self.side == "output" else self.shape[-2]
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() > across:
+            return super().linear(x, bias)
+        along = self.factor.mT if self.side == "output" else self.factor
+        along = along.squeeze(-2) if along.ndim == 2 else along
+        if self.side == "input":
+            return self.base.linear((x * along).to(x.dtype), bias)
+        y = self.base.linear(x)
+        return (y * along if bias is None else torch.addcmul(bias, y, along)).to(y.dtype)
+
+    def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        if self.side == "output" or self.ndim != 2:
+            return super().lookup(pick, padding)
+        rows = self.base.lookup(pick, padding)
+        scaled = (rows * self.factor.squeeze(-2)).to(rows.dtype)
+        return scaled if padding is None else torch.where(padding.unsqueeze(-1), scaled.detach(), scaled)
+
+    @property
+    def mT(self) -> Weight:
+        return Scaled(self.base.mT, self.factor.mT, "input" if self.side == "output" else "output")
+
+    def __getitem__(self, index: Index) -> Weight:
+        factor = self.factor if self.factor.shape[0] == 1 else self.factor[index]
+        return Scaled(self.base[index], factor, self.side)
+
+    def eval(self) -> Weight:
+        return Scaled(self.base.eval(), self.factor, self.side)

@@ -1,0 +1,125 @@
+"""`W + Δ`, Δ one small block repeated along the inputs, and the variant in which W's own blocks multiply it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import AdaptError
+from .value import Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
+
+
+class SharedShards(OnBase):
+    """`W + Δ` with `Δ[o, i] = block[i mod r, o mod w]`.
+
+    Args:
+        base: W, a matrix or a stack of matrices, `(..., out, in)`.
+        block: `(..., r, w)`; w divides out.
+        dropout: probability with which an input feature is dropped before it meets the change.
+    """
+
+    def __init__(self, base: Weight | Tensor, block: Tensor, dropout: float = 0.0) -> None:
+        self.base = as_weight(base)
+        self.block = block
+        self.dropout = dropout
+
+    @property
+    def needs_input(self) -> bool:
+        return bool(self.dropout) or self.base.needs_input
+
+    def dense(self) -> Tensor:
+        if self.dropout:
+            raise AdaptError(
+                f"dropout={self.dropout} acts on an operation's input, and this operation reads the weight of shape "
+                f"{tuple(self.shape)} as a whole. Give this site a method without dropout, or call eval()."
+            )
+        rows, columns = self.shape[-2:]
+        rank, width = self.block.shape[-2:]
+        lead = [1] * (self.block.ndim - 2)
+        change = self.block.mT.repeat(*lead, rows // width, -(-columns // rank))[..., :columns]
+        return add_scaled(self.base.dense(), change, 1.0)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows, columns = self.shape[-2:]
+        rank, width = self.block.shape[-2:]
+        # To form the weight is to write it twice, some eight products an element; a gradient would need all of it once more.
+        tokens = prod(x.shape[:-1])
+        if not torch.is_grad_enabled() and not self.dropout and tokens * (columns + rank * width) > 8 * rows * columns:
+            return dense_linear(x, self.dense(), bias)
+        thin = F.dropout(x, self.dropout) if self.dropout else x
+        if thin.dtype != self.block.dtype and not autocasts(x):
+            thin = thin.to(self.block.dtype)
+        shards = F.pad(thin, (0, -columns % rank)).unflatten(-1, (-1, rank)).sum(-2)
+        change = dense_linear(shards, self.block.mT, None)
+        if width < rows:
+            change = change.repeat(*[1] * (change.ndim - 1), rows // width)
+        return add_scaled(self.base.linear(x, bias), change, 1.0)
+
+    def __getitem__(self, index: Index) -> Weight:
+        if self.ndim > 2:
+            return SharedShards(self.base[index], self.block[index], self.dropout)
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        whole = self.block.repeat(1, self.shape[0] // self.block.shape[1])
+        return SharedShards(self.base[index], whole[:, index], self.dropout)
+
+    @property
+    def mT(self) -> Weight:
+        return _Transposed(self)
+
+    def eval(self) -> Weight:
+        return SharedShards(self.base.eval(), self.block)
+
+
+class _Transposed(OnBase):
+    """The transpose of shared shards, which still knows their dropout."""
+
+    def __init__(self, base: SharedShards) -> None:
+        self.base = base
+
+    @property
+    def shape(self) -> torch.Size:
+        *lead, rows, columns = self.base.shape
+        return torch.Size([*lead, columns, rows])
+
+    def dense(self) -> Tensor:
+        return self.base.dense().mT
+
+    @property
+    def mT(self) -> Weight:
+        return self.base
+
+    def eval(self) -> Weight:
+        return self.base.eval().mT
+
+
+class BlockAffine(OnBase):
+    """`W' = W + W·B + B` by blocks: every r×r block of W in block row i meets B_i.
+
+    Args:
+        base: W, a matrix or a stack of matrices, `(..., out, in)`; r divides both.
+        block: `(..., out/r, r, r)`.
+    """
+
+    def __init__(self, base: Weight | Tensor, block: Tensor) -> None:
+        self.base = as_weight(base)
+        self.block = block
+
+    def dense(self) -> Tensor:
+        weight = self.base.dense()
+        rank = self.block.shape[-1]
+        rows, columns = weight.shape[-2:]
+        wide = weight.to(torch.promote_types(weight.dtype, self.block.dtype))
+        tall = wide.reshape(*weight.shape[:-2], rows // rank, columns, rank)  # every block of a block row, one below another
+        change = (tall @ self.block.to(wide.dtype)).unflatten(-2, (rank, columns // rank)) + self.block.unsqueeze(-2)
+        changed: Tensor = wide + change.reshape(weight.shape)
+        return changed.to(weight.dtype)
+
+    def __getitem__(self, index: Index) -> Weight:
+        return BlockAffine(self.base[index], self.block[index]) if self.ndim > 2 else super().__getitem__(index)
+
+    def eval(self) -> Weight:
+        return BlockAffine(self.base.eval(), self.block)

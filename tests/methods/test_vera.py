@@ -1,0 +1,120 @@
+"""VeRA: by hand in float64, and against PEFT, whose projections are drawn from the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from common import State, assert_formula, assert_near, peft_of, shaken
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import gift_func as gf
+
+NAMES = ("embed", "lin", "gpt", "conv")
+
+
+class Net(nn.Module):
+    """Layers of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.lin = nn.Linear(4, 6)
+        self.gpt = Conv1D(5, 6)  # type: ignore[no-untyped-call]
+        self.conv = nn.Conv1d(5, 4, 3, padding=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.gpt(torch.tanh(self.lin(self.embed(ids)))))
+        return self.conv(x.mT).flatten(1)  # type: ignore[no-any-return]
+
+
+IDS = (torch.arange(10).reshape(2, 5) * 7) % 11
+
+
+def net(dtype: torch.dtype) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def by_hand(model: Net, state: State) -> dict[str, Tensor]:
+    found = {}
+    for name in NAMES:
+        w = model.get_parameter(f"{name}.weight").detach()
+        b, d = (torch.diag(state[f"{name}.vera_lambda_{part}"]) for part in "bd")
+        rows, columns = (w.T if name == "gpt" else w.flatten(1)).shape
+        change = b @ state["vera_B"][:rows] @ d @ state["vera_A"][:, :columns]
+        found[f"{name}.weight"] = w + (change.T if name == "gpt" else change.reshape(w.shape))
+    return found
+
+
+def test_formula() -> None:
+    model = net(torch.float64)
+    adapted = shaken(gf.adapt(model, {"*.weight": gf.VeRA(rank=5)}))
+    assert adapted.adapter["vera_A"].shape == (5, 15)
+    assert adapted.adapter["vera_B"].shape == (11, 5)
+    assert not adapted.adapter["vera_A"].requires_grad
+    assert_formula(adapted, model, lambda state: by_hand(model, state), IDS)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.parametrize("names", [["lin"], ["lin", "other"], ["gpt"]])
+def test_peft(names: list[str]) -> None:
+    class Two(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(20, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.other(super().forward(ids))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Two()
+    theirs, tensors = peft_of(model, peft.VeraConfig(r=5, target_modules=names, projection_prng_key=7))
+    chosen = gf.select.regex(f"({'|'.join(names)}).weight")
+    ours = gf.adapt(model, gf.Strategy([(chosen, gf.VeRA(rank=5, projection_prng_key=7))]))
+    state = ours.adapter_state_dict() | tensors
+    assert state.keys() == ours.adapter_state_dict().keys()
+    assert_near(ours.with_adapter(state)(IDS), theirs(IDS), 1e-5)
+
+
+def test_dropout_acts_on_what_meets_the_change() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    adapted = shaken(gf.adapt(model, gf.VeRA(rank=3, dropout=0.5)))
+    changed = adapted.merge()
+    torch.manual_seed(5)
+    found = adapted.train()(x)
+    torch.manual_seed(5)
+    thin = nn.functional.dropout(x, 0.5)
+    assert_near(found, model(x) + changed(thin) - model(thin), 1e-10)
+    assert_near(adapted.eval()(x), changed(x), 1e-10)
+
+
+def test_stack_of_matrices_and_slices() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(4, 2).double()
+    query, key, value = (torch.randn(n, 2, 4, dtype=torch.float64) for n in (3, 5, 5))
+    adapted = shaken(gf.adapt(model, gf.VeRA(rank=3)))
+    assert_near(adapted(query, key, value)[0], adapted.merge()(query, key, value)[0], 1e-10)
+
+
+def test_seed_draws_the_same_projections_and_leaves_the_global_one_alone() -> None:
+    model = net(torch.float32)
+    state = torch.get_rng_state()
+    one, two = (gf.adapt(model, {"*.weight": gf.VeRA(rank=5, projection_prng_key=3)}) for _ in range(2))
+    other = gf.adapt(model, {"*.weight": gf.VeRA(rank=5, projection_prng_key=4)})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.adapter["vera_A"], two.adapter["vera_A"])
+    assert not torch.equal(one.adapter["vera_A"], other.adapter["vera_A"])
+    assert torch.equal(one(IDS), model(IDS))
+    assert one.adapter["lin.vera_lambda_d"].tolist() == [pytest.approx(0.1)] * 5
+
+
+@pytest.mark.parametrize(("options", "said"), [({"rank": 0}, "VeRA needs a whole rank"), ({"dropout": 1.0}, "probability")])
+def test_refusals(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(gf.AdaptError, match=said):
+        gf.VeRA(**options)
