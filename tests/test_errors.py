@@ -213,7 +213,7 @@ METHODS: dict[str, tuple[Callable[[], object], str]] = {
     "rank 0 in a pattern": (lambda: gf.LoRA(rank_pattern={"q_proj": 0}), r"rank.*q_proj.*0|0.*q_proj"),
     "dropout 1": (lambda: gf.LoRA(dropout=1.0), r"dropout.*1\.0"),
     "dropout below 0": (lambda: gf.LoRA(dropout=-0.1), r"dropout.*-0\.1"),
-    "an unknown init": (lambda: gf.LoRA(init="zeros"), r"init.*kaiming.*zeros"),  # type: ignore[arg-type]
+    "an unknown init": (lambda: gf.LoRA(init="zeros"), r"init.*kaiming.*zeros"),
     "an unknown conv": (lambda: gf.LoRA(conv="flat"), r"conv.*kernel.*flat"),  # type: ignore[arg-type]
     "an odd rank with orthogonal": (lambda: gf.LoRA(rank=3, init="orthogonal"), r"orthogonal.*even|even.*orthogonal"),
     "an unknown conv of SVDiff": (lambda: gf.SVDiff(conv="kernel"), r"conv is one of balanced, rows.*kernel"),  # type: ignore[arg-type]

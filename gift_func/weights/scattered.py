@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .value import OnBase, Weight, as_weight, dense_linear
+from .value import OnBase, Weight, as_weight, autocasts, dense_linear
 
 
 class Scattered(OnBase):
