@@ -33,7 +33,7 @@ FLOORS = [
     ["base"],
     ["strategy", "adapter", "show"],
     ["body", "surgery"],
-    ["adapted"],
+    ["adapted", "initial"],
     ["adapt", "factories", "functional"],
     ["files", "strategies", "utils"],
     ["interop.peft.config", "interop.peft.keys"],
