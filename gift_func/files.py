@@ -56,7 +56,7 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
     if meta is not None:
         raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
     # One entry: safetensors writes several in no fixed order, and equal adapters are to make equal files.
-    _write(Path(path), safetensors_bytes(_unshared(tensors), {KEY: json.dumps(header)}))
+    write_whole(Path(path), safetensors_bytes(unshared(tensors), {KEY: json.dumps(header)}))
 
 
 def load_adapter(
@@ -132,7 +132,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(beside, "xb") as file:
@@ -144,7 +145,7 @@ def _write(path: Path, data: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Safetensors refuses two names of one memory."""
     seen: set[int] = set()
     found = {}

@@ -454,3 +454,14 @@ def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
     assert Method.from_dict(Shift(2.0).to_dict()) == Shift(2.0)
     assert "Shift(size=2.0)" in repr(adapted)
     assert "norm.shift" in adapted.adapter
+
+
+def test_a_usual_site_that_a_method_cannot_adapt_is_not_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5))
+    blocks = gf.C3A(block_size=3)
+    with pytest.raises(gf.AdaptError, match=r"rule 0 .* cannot adapt '1.weight' of Linear: it needs .* another method"):
+        gf.adapt(model, blocks)
+    assert list(gf.adapt(model, {"0": blocks}).adapter) == ["0.c3a_kernel"]
+    mixed = gf.adapt(model, gf.Strategy([(None, blocks), ("1", gf.LoRA(rank=1))]))
+    assert list(mixed.adapter) == ["0.c3a_kernel", "1.lora_B", "1.lora_A"]
+    assert list(gf.adapt(model, {"*": gf.LoRA(rank=1)}).adapter)[:2] == ["0.lora_B", "0.lora_A"], "biases are no usual sites"

@@ -10,7 +10,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from ...adapted import AdaptedModel
 from ...errors import AdaptError
-from ...files import _unshared, _write
+from ...files import unshared, write_whole
 from . import config as configs
 from .draft import Draft
 from .kinds import kind_of
@@ -65,9 +65,9 @@ def save(
     if task_type is None:
         about["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     config = {**configs.COMMON, **draft.config, **about}
-    data = safetensors_bytes(_unshared({key: tensor.contiguous() for key, tensor in draft.tensors.items()}), {"format": "pt"})
+    data = safetensors_bytes(unshared({key: tensor.contiguous() for key, tensor in draft.tensors.items()}), {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, data)
-    _write(folder / configs.FILE, text.encode())
+    write_whole(folder / WEIGHTS, data)
+    write_whole(folder / configs.FILE, text.encode())
