@@ -144,7 +144,7 @@ class FrozenBase:
             structure, values, empty = hashlib.sha256(), hashlib.sha256(), False
             for name, weight in sorted(self.weights.items()):
                 structure.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}\n".encode())
-                for tensor in _leaves(weight):
+                for tensor in weight.leaves():
                     empty |= tensor.is_meta
                     if not tensor.is_meta:
                         values.update(_sample(tensor))
@@ -161,7 +161,7 @@ class FrozenBase:
             same = all(
                 a is b
                 for name, weight in made.items()
-                for a, b in zip(_leaves(weight), _leaves(self.weights[name]), strict=True)
+                for a, b in zip(weight.leaves(), self.weights[name].leaves(), strict=True)
             )
             if same:
                 return self
@@ -218,12 +218,6 @@ def as_tensor(weight: Weight) -> Tensor:
 
 def _rebuild(module: nn.Module, trainable: frozenset[str]) -> FrozenBase:
     return FrozenBase(Structure(module), trainable)
-
-
-def _leaves(weight: Weight) -> list[Tensor]:
-    found: list[Tensor] = []
-    weight.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
@@ -90,17 +90,27 @@ class Body:
             part.name: self.base.derived(part.name, part.method) for part in self.parts if part.name in self.base.weights
         }
         self._resting = tensors
-        self._slots = {name: weight.tensor if isinstance(weight, Dense) else Slot.of(weight)
-                       for name, weight in self.weights(tensors).items()}  # fmt: skip
+        # The views that weights are made of must carry gradients, whatever mode the model is made or moved in.
+        with torch.inference_mode(False), torch.enable_grad():
+            weights = self.weights(tensors)
+        self.computes = self._computes(weights.values())
+        self._slots = {name: w.tensor if isinstance(w, Dense) else Slot.of(w) for name, w in weights.items()}
         for name in self._guards:
             self._slots[name] = Slot.of(self.base.weights[name])
         for name, tensor in self._slots.items():
             self.structure.bind(name, tensor)
         self._twins = []
 
+    def _computes(self, weights: Iterable[Weight]) -> bool:
+        """Whether a weight holds a tensor that its method computed, which the next optimizer step would make stale."""
+        given = [*self._resting.values(), *(t for made in self._derived.values() for t in made.values())]
+        known = {t.untyped_storage().data_ptr() for t in given}
+        known |= {t.untyped_storage().data_ptr() for w in self.base.weights.values() for t in w.leaves()}
+        return any(t.grad_fn is not None and t.untyped_storage().data_ptr() not in known for w in weights for t in w.leaves())
+
     def settle(self, tensors: Tensors) -> None:
         """Rest on the tensors that stand in the adapter's places, if others were put there for good."""
-        own = all(map(is_, tensors.values(), self._resting.values()))
+        own = all(map(is_, tensors.values(), self._resting.values())) and not self.computes
         if not own and all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
             self.rest(tensors)
 
@@ -130,7 +140,7 @@ class Body:
         """The forward of the network on the tensors that stand in the adapter's places now."""
         if torch.compiler.is_compiling():
             return self._traced(tensors, {}, args, kwargs)
-        resting = all(map(is_, tensors.values(), self._resting.values()))
+        resting = all(map(is_, tensors.values(), self._resting.values())) and not self.computes
         if resting and not (self._fused and runs_fused(self.structure, tensors.values())):
             with self.calling():
                 return self.module(*args, **kwargs)

@@ -6,7 +6,8 @@ import copy
 import pickle
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -731,3 +732,49 @@ def test_the_entangled_model_follows_its_adapter() -> None:
     assert merged.weak() is merged.third
     args, kwargs = row.call()
     assert_close(merged(*args, **kwargs).detach(), adapted(*args, **kwargs).detach())
+
+
+@dataclass(frozen=True)
+class Computed(gf.Method):
+    """`W' = W + a·bᵀ`, by a method that forms the product ahead of use."""
+
+    def refuses(self, site: gf.Site) -> str | None:
+        return None if site.parameter.ndim == 2 else "a matrix"
+
+    def init(self, site: gf.Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        rows, columns = site.parameter.shape
+        return {"a": site.parameter.new_ones(rows), "b": site.parameter.new_ones(columns)}
+
+    def weight(self, base: gf.weights.Weight, tensors: Mapping[str, Tensor]) -> gf.weights.Weight:
+        return gf.weights.Delta(base, torch.outer(tensors["a"], tensors["b"]))
+
+
+def test_a_method_that_computes_ahead_is_never_stale() -> None:
+    layers = {"0": nn.Linear(3, 3), "1": nn.Linear(3, 2)}
+    adapted = gf.adapt(nn.Sequential(*layers.values()), {"*": Computed()})
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=1e-3)
+        optimizer.zero_grad()
+        adapted(x).square().sum().backward()
+        optimizer.step()
+        assert_close(adapted(x).detach(), adapted.merge()(x).detach())
+        by_hand = x
+        for name, layer in layers.items():
+            change = torch.outer(adapted.adapter[f"{name}.a"], adapted.adapter[f"{name}.b"])
+            by_hand = nn.functional.linear(by_hand, layer.weight + change, layer.bias)
+        assert_close(adapted(x).detach(), by_hand.detach())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_mode_in_which_it_is_switched_costs_no_gradient(mode: Any) -> None:
+    """Weights of convolutions and of GPT-2's Conv1D hold views, which must carry gradients."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten())
+    x = torch.randn(2, 2, 3, 3)
+    adapted = gf.adapt(model, gf.LoRA(rank=1, init="random"))
+    with mode():
+        adapted.eval()
+        adapted(x)
+        adapted.train()
+    adapted(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters())

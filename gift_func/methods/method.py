@@ -40,7 +40,11 @@ class Method(ABC):
 
     @abstractmethod
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        """The changed weight: a pure function of the base's weight and the tensors of `init`, `common` and `derive`."""
+        """The changed weight: a pure function of the base's weight and the tensors of `init`, `common` and `derive`.
+
+        It should only arrange tensors and view them, and leave what is to be computed to the weight's own methods: a
+        weight that holds nothing computed rests in the network between calls, any other is made anew for each.
+        """
 
     @property
     def starts_as_base(self) -> bool:

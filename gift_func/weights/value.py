@@ -101,6 +101,16 @@ class Weight(ABC):
             object.__setattr__(made, name, item)
         return made
 
+    def leaves(self) -> list[Tensor]:
+        """Every tensor that the weight and the weights in it hold."""
+        found: list[Tensor] = []
+        for item in self.__dict__.values():
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, Weight):
+                found.extend(item.leaves())
+        return found
+
     def detach(self) -> Self:
         """The same weight, cut from the autograd graph."""
         return self.map(torch.Tensor.detach)
