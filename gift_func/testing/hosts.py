@@ -34,6 +34,23 @@ class Experts(nn.Module):
         return x @ self.weight.mT
 
 
+class Conv1D(nn.Module):
+    """Transformers' linear layer with the weight as `(in, out)`, which methods know by its qualified name."""
+
+    def __init__(self, d_out: int, d_in: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_in, d_out) * 0.3)
+        self.bias = nn.Parameter(torch.randn(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+# So that the laws need no transformers installed.
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
 @dataclass(frozen=True)
 class Host:
     """A small module to try a method on.
@@ -75,6 +92,7 @@ HOSTS: dict[str, Host] = {
         lambda: torch.randn(4, 3, 8),
         lambda module, x: module(x, x, x)[0],
     ),
+    "conv1d of transformers": Host("weight", lambda: Conv1D(12, 8), lambda: torch.randn(4, 3, 8)),
     "experts": Host("weight", lambda: Experts(2, 8, 4), lambda: torch.randn(4, 2, 3, 4)),
     "bias": Host("bias", lambda: nn.Linear(8, 12), lambda: torch.randn(4, 8)),
     "norm": Host("weight", lambda: nn.LayerNorm(8), lambda: torch.randn(4, 3, 8)),
