@@ -1,11 +1,13 @@
 """Functional, immutable adapters for PyTorch: a frozen base, adapters as data, no monkey-patching."""
 
 from . import interop as interop
+from . import optim as optim
 from . import select as select
 from . import weights as weights
 from .adapt import adapt as adapt
 from .adapted import AdaptedModel as AdaptedModel
 from .base import FrozenBase as FrozenBase
+from .calibrate import eva as eva
 from .errors import AdaptError as AdaptError
 from .errors import BaseChangedWarning as BaseChangedWarning
 from .errors import CheckpointError as CheckpointError

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Triple, Weight
-from .lora import Layout, OnMatrices, check_dropout, check_rank, first_match, layout_of, matrix_of, refuses_dropout
+from .lora import Layout, OnMatrices, check_dropout, check_rank, layout_of, matrix_of, refuses_dropout
 from .method import FrozenMap
 
 State = Mapping[str, Tensor]
@@ -90,12 +90,12 @@ class AdaLoRA(OnMatrices):
         return super().refuses(site) or refuses_dropout(self.dropout, site)
 
     def at(self, site: Site) -> Self:
-        return self.but(
-            rank=first_match(self.rank_pattern, site.module_name, self.rank),
-            alpha=first_match(self.alpha_pattern, site.module_name, self.alpha),
-            rank_pattern=FrozenMap(),
-            alpha_pattern=FrozenMap(),
-            layout=layout_of(site),
+        return (
+            super()
+            .at(site)
+            .but(
+                layout=layout_of(site),
+            )
         )
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

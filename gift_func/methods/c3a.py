@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Circulant, Weight
-from .lora import first_match
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
 from .method import FrozenMap
 
@@ -83,10 +82,12 @@ class C3A(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> C3A:
-        return self.but(
-            block_size=first_match(self.block_size_pattern, site.module_name, self.block_size),
-            block_size_pattern=FrozenMap(),
-            view=view_of(site),
+        return (
+            super()
+            .at(site)
+            .but(
+                view=view_of(site),
+            )
         )
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

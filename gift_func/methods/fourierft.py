@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Fourier, Weight
-from .lora import first_match
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
 from .method import FrozenMap
 
@@ -90,10 +89,12 @@ class FourierFT(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> FourierFT:
-        return self.but(
-            n_frequency=first_match(self.n_frequency_pattern, site.module_name, self.n_frequency),
-            n_frequency_pattern=FrozenMap(),
-            view=view_of(site),
+        return (
+            super()
+            .at(site)
+            .but(
+                view=view_of(site),
+            )
         )
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import LowRank, OnBase, Weight
 from ..weights.value import Convolution
-from .lora import Layout, LoRA, OnMatrices, check_dropout, check_rank, first_match, layout_of, refuses_dropout
+from .lora import Layout, LoRA, OnMatrices, check_dropout, check_rank, layout_of, refuses_dropout
 from .method import FrozenMap
 
 
@@ -126,8 +126,7 @@ class HiRA(OnMatrices):
         return super().refuses(site) or refuses_dropout(self.dropout, site)
 
     def at(self, site: Site) -> Self:
-        rank = first_match(self.rank_pattern, site.module_name, self.rank)
-        return self.but(rank=rank, rank_pattern=FrozenMap(), layout=layout_of(site))
+        return super().at(site).but(layout=layout_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         made = self._lora().init(site, generator)

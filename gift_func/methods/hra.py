@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Reflected, Weight
-from .lora import first_match
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
 from .method import FrozenMap
 
@@ -73,10 +72,12 @@ class HRA(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> HRA:
-        return self.but(
-            rank=first_match(self.rank_pattern, site.module_name, self.rank),
-            rank_pattern=FrozenMap(),
-            view="lookup" if is_lookup(site) else view_of(site),
+        return (
+            super()
+            .at(site)
+            .but(
+                view="lookup" if is_lookup(site) else view_of(site),
+            )
         )
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import OnBase, Weight
 from ..weights.value import add_scaled, autocasts, dense_linear
-from .lora import Layout, OnMatrices, check_rank, first_match, layout_of, matrix_of, uniform
+from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, uniform
 from .method import FrozenMap
 
 Init = Literal["kaiming", "lycoris", "random"]
@@ -158,12 +158,12 @@ class LoKr(OnMatrices):
         return self.initialization != "random"
 
     def at(self, site: Site) -> Self:
-        return self.but(
-            rank=first_match(self.rank_pattern, site.module_name, self.rank),
-            alpha=first_match(self.alpha_pattern, site.module_name, self.alpha),
-            rank_pattern=FrozenMap(),
-            alpha_pattern=FrozenMap(),
-            layout=layout_of(site),
+        return (
+            super()
+            .at(site)
+            .but(
+                layout=layout_of(site),
+            )
         )
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

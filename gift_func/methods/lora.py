@@ -170,12 +170,12 @@ class LoRA(OnMatrices):
         return super().refuses(site) or refuses_dropout(self.dropout, site)
 
     def at(self, site: Site) -> Self:
-        return self.but(
-            rank=first_match(self.rank_pattern, site.module_name, self.rank),
-            alpha=first_match(self.alpha_pattern, site.module_name, self.alpha),
-            rank_pattern=FrozenMap(),
-            alpha_pattern=FrozenMap(),
-            layout=layout_of(site, self.conv),
+        return (
+            super()
+            .at(site)
+            .but(
+                layout=layout_of(site, self.conv),
+            )
         )
 
     def companions(self, site: Site) -> dict[str, Method]:
@@ -309,11 +309,3 @@ def balanced(shape: torch.Size) -> tuple[int, int]:
     if len(shape) <= 3:
         return shape[0], prod(shape[1:])
     return shape[0] * shape[2], shape[1] * prod(shape[3:])
-
-
-def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:
-    """The value of the first key whose regular expression matches the module's name or its end after a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module_name):
-            return value
-    return default

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,16 @@ class Method(ABC):
         return None
 
     def at(self, site: Site) -> Self:
-        """The method as it applies to one site: patterns looked up, choices made."""
-        return self
+        """The method as it applies to one site: patterns looked up, choices made.
+
+        A field `x` with a field `x_pattern` beside it takes the value of the pattern's first hit.
+        """
+        settled: dict[str, Any] = {}
+        for name in (field.name for field in fields(cast(Any, self)) if field.name.endswith("_pattern")):
+            option = name.removesuffix("_pattern")
+            settled[option] = first_match(getattr(self, name), site.module_name, getattr(self, option))
+            settled[name] = FrozenMap()
+        return self.but(**settled)
 
     def common(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Tensors that all sites of one rule share; they are kept once, under their own names, and not trained.
@@ -86,7 +95,7 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data (JSON): the constructor's arguments, without those at their default."""
         data: dict[str, Any] = {"method": type(self).__name__}
-        for field in fields(self):  # type: ignore[arg-type]
+        for field in fields(cast(Any, self)):
             if field.metadata.get("settled"):
                 continue
             value = getattr(self, field.name)
@@ -107,7 +116,7 @@ class Method(ABC):
         if name not in known:
             raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
         kind = known[name]
-        allowed = [field.metadata.get("argument", field.name) for field in fields(kind)]  # type: ignore[arg-type]
+        allowed = [field.metadata.get("argument", field.name) for field in fields(cast(Any, kind))]
         values = {key: value for key, value in data.items() if key != "method"}
         unknown = sorted(values.keys() - set(allowed))
         if unknown:
@@ -130,7 +139,7 @@ class Method(ABC):
     def but(self, **changes: Any) -> Self:
         """The same method with some fields changed."""
         made = object.__new__(type(self))
-        for field in fields(self):  # type: ignore[arg-type]
+        for field in fields(cast(Any, self)):
             object.__setattr__(made, field.name, changes.get(field.name, getattr(self, field.name)))
         return made
 
@@ -158,6 +167,14 @@ class FrozenMap(Mapping[str, Value]):
 
     def __repr__(self) -> str:
         return repr(self._items)
+
+
+def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:
+    """The value of the first key whose regular expression matches the module's name or its end after a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module_name):
+            return value
+    return default
 
 
 def is_a(module: nn.Module, *names: str) -> bool:

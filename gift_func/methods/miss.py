@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import BlockAffine, SharedShards, Weight
-from .lora import first_match
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
 from .method import FrozenMap
 
@@ -91,8 +90,7 @@ class MiSS(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> MiSS:
-        rank = first_match(self.rank_pattern, site.module_name, self.rank)
-        return self.but(rank=rank, rank_pattern=FrozenMap(), view=view_of(site))
+        return super().at(site).but(view=view_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         *lead, rows, _ = matrix_shape(site.parameter.shape, self.view)

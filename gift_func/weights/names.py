@@ -22,8 +22,15 @@ _METHODS = """
 
 _FUNCTIONS = "is_floating_point is_complex is_conj is_neg is_inference numel is_same_size is_signed".split()
 
+
+def getter(name: str) -> Callable[..., Any]:
+    """What `__torch_function__` sees when an attribute of a tensor is read."""
+    read: Callable[..., Any] = getattr(Tensor, name).__get__
+    return read
+
+
 METADATA: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)]
+    [getter(name) for name in _PROPERTIES if hasattr(Tensor, name)]
     + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
     + [getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)]
 )

@@ -13,8 +13,8 @@ from torch import nn
 from ...errors import AdaptError, FileError
 from ...methods import Diff, Full, LoRA, Method, TrainableTokens
 from ...methods.ia3 import ScaledBias
-from ...methods.lora import HF_CONV1D, first_match
-from ...methods.method import is_a
+from ...methods.lora import HF_CONV1D
+from ...methods.method import first_match, is_a
 from ...select import Site
 from . import config as configs
 from .config import Config

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..names import getter
 from ..slot import Slot, rule
 
 
-@rule(Tensor.t, torch.t, Tensor.T.__get__)  # type: ignore[attr-defined]
+@rule(Tensor.t, torch.t, getter("T"))
 def t(input: Slot) -> Any:
     return Slot.of(input.weight.mT) if input.ndim == 2 else NotImplemented
 
 
-@rule(Tensor.mT.__get__)  # type: ignore[attr-defined]
+@rule(getter("mT"))
 def mt(input: Slot) -> Any:
     return Slot.of(input.weight.mT)
 
@@ -37,7 +38,7 @@ def getitem(input: Tensor, index: Any) -> Any:
     return NotImplemented
 
 
-@rule(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+@rule(Tensor.detach, torch.detach, getter("data"))
 def detach(input: Slot) -> Any:
     # A detached copy would take writes and forget them; a detached slot refuses them.
     return Slot.of(input.weight.detach())
