@@ -35,7 +35,7 @@ FLOORS = [
     ["body", "surgery"],
     ["adapted", "initial"],
     ["adapt", "factories", "functional"],
-    ["files", "strategies", "utils"],
+    ["calibrate", "files", "optim", "strategies", "utils"],
     ["interop.peft.config", "interop.peft.keys"],
     ["interop.peft.draft", "interop.peft.plan"],
     ["interop.peft.kinds", "interop.peft.lora"],
