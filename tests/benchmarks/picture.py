@@ -58,7 +58,7 @@ def bars(axes: Axes, family: str, rows: Sequence[Result]) -> None:
         ticks.append((start + place - 1) / 2)
         place += 0.7
     axes.set_yticks(ticks, [row.row for row in rows], fontsize=10)
-    axes.invert_yaxis()
+    axes.set_ylim(place - 0.9, -0.8)
     axes.set_xlim(0, 1.17 * limit)
     axes.set_title(f"{family}, {unit} (in brackets: ours over it; lines: quartiles)", loc="left", fontsize=11, weight="bold")
     axes.set_facecolor(PAPER)
