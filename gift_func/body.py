@@ -94,7 +94,8 @@ class Body:
         with torch.inference_mode(False), torch.enable_grad():
             weights = self.weights(tensors)
         self.computes = self._computes(weights.values())
-        self._slots = {name: w.tensor if isinstance(w, Dense) else Slot.of(w) for name, w in weights.items()}
+        # Parameters that are trained themselves are slots too: only a slot notices a checkpoint that drops its gradient.
+        self._slots = {name: Slot.of(weight) for name, weight in weights.items()}
         for name in self._guards:
             self._slots[name] = Slot.of(self.base.weights[name])
         for name, tensor in self._slots.items():

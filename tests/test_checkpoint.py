@@ -128,6 +128,37 @@ def test_a_reentrant_checkpoint_that_would_drop_gradients_is_an_error(run: Run) 
         run(adapted, params, torch.randn(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("method", [gf.Full(), gf.LoRA(rank=1)], ids=["Full", "LoRA"])
+@pytest.mark.parametrize("kind", ["linear", "lstm", "norm", "keyword"])
+def test_it_is_noticed_in_every_kind_of_layer(kind: str, method: gf.Method) -> None:
+    class Keyword(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, weight=self.weight, bias=self.bias)
+
+    layers = {"linear": nn.Linear(4, 4), "lstm": nn.LSTM(4, 4), "norm": nn.LayerNorm(4), "keyword": Keyword(4, 4)}
+    if kind == "norm" and isinstance(method, gf.LoRA):
+        method = gf.NormTuning()
+
+    class Reentrant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layers[kind]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(checkpoint(lambda t: nn.Module.__call__(self.inner, t), x, use_reentrant=True)[0])
+
+    adapted = gf.adapt(Reentrant(), {"inner": method})
+    with pytest.raises(gf.CheckpointError, match="use_reentrant=False"):
+        adapted(torch.randn(2, 4))
+    assert all(p.grad is not None for p in trained(adapted, torch.randn(2, 4, requires_grad=True)))
+
+
+def trained(adapted: gf.AdaptedModel, x: Tensor) -> list[nn.Parameter]:
+    adapted(x).sum().backward()
+    return list(adapted.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.gradient_checkpointing_enable. is dep")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])

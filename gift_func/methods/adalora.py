@@ -90,13 +90,7 @@ class AdaLoRA(OnMatrices):
         return super().refuses(site) or refuses_dropout(self.dropout, site)
 
     def at(self, site: Site) -> Self:
-        return (
-            super()
-            .at(site)
-            .but(
-                layout=layout_of(site),
-            )
-        )
+        return super().at(site).but(layout=layout_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

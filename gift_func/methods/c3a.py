@@ -82,13 +82,7 @@ class C3A(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> C3A:
-        return (
-            super()
-            .at(site)
-            .but(
-                view=view_of(site),
-            )
-        )
+        return super().at(site).but(view=view_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, size = site.parameter, self.block_size

@@ -89,13 +89,7 @@ class FourierFT(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> FourierFT:
-        return (
-            super()
-            .at(site)
-            .but(
-                view=view_of(site),
-            )
-        )
+        return super().at(site).but(view=view_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, n = site.parameter, self.n_frequency

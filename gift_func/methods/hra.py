@@ -72,13 +72,7 @@ class HRA(MatrixMethod):
         return super().refuses(site)
 
     def at(self, site: Site) -> HRA:
-        return (
-            super()
-            .at(site)
-            .but(
-                view="lookup" if is_lookup(site) else view_of(site),
-            )
-        )
+        return super().at(site).but(view="lookup" if is_lookup(site) else view_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter

@@ -131,13 +131,7 @@ class LoHa(OnMatrices):
         return self.initialization != "random"
 
     def at(self, site: Site) -> Self:
-        return (
-            super()
-            .at(site)
-            .but(
-                layout=layout_of(site),
-            )
-        )
+        return super().at(site).but(layout=layout_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

@@ -170,13 +170,7 @@ class LoRA(OnMatrices):
         return super().refuses(site) or refuses_dropout(self.dropout, site)
 
     def at(self, site: Site) -> Self:
-        return (
-            super()
-            .at(site)
-            .but(
-                layout=layout_of(site, self.conv),
-            )
-        )
+        return super().at(site).but(layout=layout_of(site, self.conv))
 
     def companions(self, site: Site) -> dict[str, Method]:
         bias = site.param_name.replace("weight", "bias")

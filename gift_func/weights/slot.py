@@ -8,7 +8,7 @@ slips past all of that computes with NaN, which is loud, and never with the base
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +82,7 @@ class Slot(Tensor):
         if not torch.compiler.is_compiling():
             call = current()
             if call is not None and call.grad:
-                call.look(a.weight for a in args if isinstance(a, Slot))
+                call.look(_weights_in((*args, *kwargs.values())))
         act = RULES.get(func)
         if act is not None:
             result = act(*args, **kwargs)
@@ -121,7 +121,18 @@ def dense_of(argument: Any) -> Any:
 
 def dense_tree(tree: Any) -> Any:
     """The same arguments with every slot, however deep in lists, replaced by its dense weight."""
+    if type(tree) is tuple and not any(isinstance(item, (list, tuple, dict)) for item in tree):
+        return tuple(dense_of(item) for item in tree)
     return tree_map_only(Slot, lambda slot: slot.weight.dense(), tree)
+
+
+def _weights_in(arguments: Iterable[Any]) -> Iterator[Weight]:
+    """The weights among a function's arguments, and in their lists: RNNs pass theirs in one."""
+    for argument in arguments:
+        if isinstance(argument, Slot):
+            yield argument.weight
+        elif isinstance(argument, (list, tuple)):
+            yield from _weights_in(argument)
 
 
 def _refuse_writes(func: TorchFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
