@@ -65,6 +65,15 @@ class AdaptedModel(nn.Module):
         """The adapted network's forward, in the base model's own signature."""
         return self._body.forward(self.adapter.current(), args, kwargs)
 
+    def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward` on any tensors and buffers, under global names; nothing is written to. See `gf.functional_call`."""
+        return self._body.pure_forward(tensors, buffers, args, kwargs)
+
+    @property
+    def buffer_names(self) -> set[str]:
+        """The dotted names of the network's buffers."""
+        return self._body.structure.buffer_names
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

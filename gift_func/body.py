@@ -82,13 +82,18 @@ class Body:
         self._twins: list[Twin] = []
         self._resting: Tensors = {}
         self._slots: dict[str, Tensor] = {}
+        self._epoch = -1
 
-    def rest(self, tensors: Tensors) -> None:
-        """Let the copy hold, between calls, the weights that these adapter tensors make."""
+    def prepare(self) -> None:
+        """Look up what the methods derive from the base, as it is now."""
         self._epoch = self.base.epoch
         self._derived = {
             part.name: self.base.derived(part.name, part.method) for part in self.parts if part.name in self.base.weights
         }
+
+    def rest(self, tensors: Tensors) -> None:
+        """Let the copy hold, between calls, the weights that these adapter tensors make."""
+        self.prepare()
         self._resting = tensors
         # The views that weights are made of must carry gradients, whatever mode the model is made or moved in.
         with torch.inference_mode(False), torch.enable_grad():
@@ -96,6 +101,16 @@ class Body:
         self.computes = self._computes(weights.values())
         # Parameters that are trained themselves are slots too: only a slot notices a checkpoint that drops its gradient.
         self._slots = {name: Slot.of(weight) for name, weight in weights.items()}
+        self._hold()
+
+    def rest_on_base(self) -> None:
+        """Let the copy hold the base's own tensors between calls, all of which bring theirs."""
+        self.prepare()
+        self._resting, self.computes = {}, False
+        self._slots = {part.name: self.base.tensors[part.name] for part in self.parts if part.name in self.base.tensors}
+        self._hold()
+
+    def _hold(self) -> None:
         for name in self._guards:
             self._slots[name] = Slot.of(self.base.weights[name])
         for name, tensor in self._slots.items():
@@ -146,21 +161,42 @@ class Body:
             with self.calling():
                 return self.module(*args, **kwargs)
         # torch.func.functional_call put others there, say: as with any module, buffers are then written in place.
-        with self._bound(tensors, {}, private_buffers=False) as module:
-            return module(*args, **kwargs)
+        with self._bound(tensors, {}, private_buffers=False) as (twin, _):
+            return twin.structure.module(*args, **kwargs)
 
     def pure_forward(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward on any tensors and buffers; nothing of the model is written to."""
         if torch.compiler.is_compiling():
             return self._traced(tensors, buffers, args, kwargs)
-        with self._bound(tensors, buffers, private_buffers=True) as module:
-            return module(*args, **kwargs)
+        with self._bound(tensors, buffers, private_buffers=True) as (twin, _):
+            return twin.structure.module(*args, **kwargs)
+
+    def stateful_forward(
+        self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], private_buffers: bool = True
+    ) -> tuple[Any, dict[str, Tensor], bool]:
+        """The forward on any tensors and buffers, what became of these buffers, and whether a checkpoint will run it again.
+
+        Args:
+            private_buffers: whether the other buffers are copies, so that nothing of the model is written to.
+        """
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, buffers, args, kwargs), dict(buffers), False
+        with self._bound(tensors, buffers, private_buffers) as (twin, call):
+            made = twin.structure.module(*args, **kwargs)
+            after: dict[str, Tensor] = {}
+            for name in buffers:
+                module_name, _, attribute = name.rpartition(".")
+                after[name] = twin.structure.modules[module_name].get_buffer(attribute)
+            return made, after, call.checkpointed
 
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """Around every use of the copy: look after the base, and for checkpoints."""
         if self.base.watch() != self._epoch:
-            self.rest(self._resting)
+            if self._resting:
+                self.rest(self._resting)
+            else:
+                self.prepare()
         with calling() as call:
             yield call
 
@@ -172,7 +208,7 @@ class Body:
         return torch.func.functional_call(self.module, {**placed, **buffers}, args, kwargs, tie_weights=False)
 
     @contextmanager
-    def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[nn.Module]:
+    def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
         """A copy with these tensors in place, to this call alone.
 
         It goes back for the next call unless this one changed its attributes, or met a checkpoint: that will run parts
@@ -194,7 +230,7 @@ class Body:
                 exchanged = {**{name: self.base.tensors[name] for name in self._fused - weights.keys()}, **self._slots}
                 for name in (*self._fused, *self._guards):
                     twin.structure.bind(name, (weights.get(name) or self.base.weights[name]).dense())
-            yield twin.structure.module
+            yield twin, call
             if not call.checkpointed and twin.signature.agrees(twin.structure.signature()):
                 for name, tensor in exchanged.items():
                     twin.structure.bind(name, tensor)

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from .adapted import AdaptedModel
+from .adapter import AdapterDict
 from .errors import StateError, nearest
 
 Tensors = Mapping[str, Tensor]
 
 
+class Adapted(Protocol):
+    """What holds an adapter and runs on another one's tensors: an `AdaptedModel`, an `Ensemble`."""
+
+    adapter: AdapterDict
+
+    @property
+    def buffer_names(self) -> set[str]:
+        """The dotted names of its buffers."""
+
+    def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Its forward on any tensors and buffers."""
+
+
 def functional_call(
-    model: AdaptedModel,
+    model: Adapted,
     params: Tensors | Sequence[Tensors],
     args: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     strict: bool = False,
 ) -> Any:
-    """Call an adapted model with other tensors in its adapter's places: pure, for `torch.func`.
+    """Call an adapted model, or an ensemble, with other tensors in its adapter's places: pure, for `torch.func`.
 
     Nothing is written: not to the model, and not to its buffers (a BatchNorm in training writes to a copy; give its
     buffers among `params` to keep what it writes).
 
     Args:
-        model: an adapted model.
+        model: an adapted model; or an ensemble, with stacked tensors.
         params: tensors under global names, as of `named_trainable_parameters()` or `adapter_state_dict()`, or several such
             dicts; names as of `named_parameters()` and `named_buffers()` are understood too. Those not named are the
             model's own.
@@ -50,7 +63,7 @@ def functional_call(
         >>> per_sample["lora_A"].shape
         torch.Size([3, 1, 4])
     """
-    if not isinstance(model, AdaptedModel):
+    if not isinstance(getattr(model, "adapter", None), AdapterDict):
         raise TypeError(f"expected an AdaptedModel, got a {type(model).__name__}; use torch.func.functional_call for others")
     tensors = model.adapter.current()
     given: set[str] = set()
@@ -66,7 +79,7 @@ def functional_call(
             given.add(plain)
             if plain in tensors:
                 tensors[plain] = tensor
-            elif plain in model._body.structure.buffer_names:
+            elif plain in model.buffer_names:
                 buffers[plain] = tensor
             else:
                 raise StateError(f"the adapter has no {name!r}; {nearest(name, tensors)}")
@@ -74,4 +87,4 @@ def functional_call(
         missing = next(name for name in tensors if name not in given)
         raise StateError(f"strict=True needs every tensor of the adapter, and {missing!r} is missing")
     args = () if args is None else args if isinstance(args, tuple) else (args,)
-    return model._body.pure_forward(tensors, buffers, args, dict(kwargs or {}))
+    return model.pure(tensors, buffers, args, dict(kwargs or {}))

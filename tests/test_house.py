@@ -13,6 +13,7 @@ ROOT = Path(gift_func.__file__).parent
 FLOORS = [
     ["errors", "weights._torch"],
     ["weights.names", "weights.value"],
+    ["weights.stacked_linear"],
     ["weights.fused_linear"],
     ["weights.call", "weights.circulant", "weights.fourier", "weights.low_rank", "weights.mixing",
      "weights.reshaped", "weights.rotated", "weights.scaled", "weights.shared", "weights.scattered", "weights.spectral"],
@@ -35,6 +36,9 @@ FLOORS = [
     ["body", "surgery"],
     ["adapted", "initial"],
     ["adapt", "factories", "functional"],
+    ["many.recipe", "many.running"],
+    ["many.ensemble"],
+    ["many.stacking"],
     ["calibrate", "files", "optim", "strategies", "utils"],
     ["interop.peft.config", "interop.peft.keys"],
     ["interop.peft.draft", "interop.peft.plan"],

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Triple, Weight
-from .lora import Layout, OnMatrices, check_dropout, check_rank, layout_of, matrix_of, refuses_dropout
+from .lora import Layout, OnMatrices, check_dropout, check_rank, layout_of, matrix_of, rank_axes, refuses_dropout
 from .method import FrozenMap
 
 State = Mapping[str, Tensor]
@@ -83,6 +83,11 @@ class AdaLoRA(OnMatrices):
             object.__setattr__(self, name, value)
 
     @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
     def starts_as_base(self) -> bool:
         return self.initialization != "random"
 
@@ -104,8 +109,13 @@ class AdaLoRA(OnMatrices):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         q, p, values = tensors["lora_A"], tensors["lora_B"], tensors["lora_E"].squeeze(-1)
         outer, inner = (q.mT, p.mT) if self.layout == "transposed" else (p, q)
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return Triple(base, outer, values, inner, scale=scale, dropout=self.dropout)
+        return Triple(base, outer, values, inner, scale=self.scale, dropout=self.dropout)
+
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: rank_axes(tensors[name], left=name == "lora_B") for name in ("lora_A", "lora_B", "lora_E")}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"lora_E": self.scale}
 
 
 @dataclass(frozen=True)

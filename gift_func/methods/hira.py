@@ -14,7 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import LowRank, OnBase, Weight
 from ..weights.value import Convolution
-from .lora import Layout, LoRA, OnMatrices, check_dropout, check_rank, layout_of, refuses_dropout
+from .lora import Layout, LoRA, OnMatrices, check_dropout, check_rank, layout_of, rank_axes, refuses_dropout
 from .method import FrozenMap
 
 
@@ -135,6 +135,13 @@ class HiRA(OnMatrices):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         named = {name.replace("hira", "lora"): tensor for name, tensor in tensors.items()}
         return Modulated(self._lora().weight(base, named))
+
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        kernel = self.layout == "kernel"
+        return {name: rank_axes(tensors[name], left=name == "hira_B", kernel=kernel) for name in ("hira_A", "hira_B")}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"hira_B": 1.0}
 
     def _lora(self) -> LoRA:
         """LoRA with tensors of the same shapes."""

@@ -14,7 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import LowRank, OnBase, Weight
 from ..weights.value import add_scaled
-from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, uniform
+from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, rank_axes, uniform
 from .method import FrozenMap
 
 Init = Literal["kaiming", "normal", "random"]
@@ -127,6 +127,11 @@ class LoHa(OnMatrices):
             object.__setattr__(self, name, value)
 
     @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
     def starts_as_base(self) -> bool:
         return self.initialization != "random"
 
@@ -155,10 +160,18 @@ class LoHa(OnMatrices):
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         tensors = {name.removeprefix("hada_"): tensor for name, tensor in tensors.items()}
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
         if "t1" in tensors:
             tensors |= {"w1_a": tensors["w1_a"].mT, "w2_a": tensors["w2_a"].mT}
-        return Hadamard(base, tensors, tensors, scale, self.layout == "transposed")
+        return Hadamard(base, tensors, tensors, self.scale, self.layout == "transposed")
+
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        hada = {name: t for name, t in tensors.items() if name.startswith("hada_")}
+        if "hada_t1" in hada:
+            return {name: (0, 1) if name.startswith("hada_t") else (0,) for name in hada}
+        return {name: rank_axes(t, left=name.endswith("_a")) for name, t in hada.items()}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"hada_w1_a": self.scale}
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import OnBase, Weight
 from ..weights.value import add_scaled, autocasts, dense_linear
-from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, uniform
+from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, rank_axes, uniform
 from .method import FrozenMap
 
 Init = Literal["kaiming", "lycoris", "random"]
@@ -154,6 +154,11 @@ class LoKr(OnMatrices):
             object.__setattr__(self, name, value)
 
     @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
     def starts_as_base(self) -> bool:
         return self.initialization != "random"
 
@@ -183,8 +188,15 @@ class LoKr(OnMatrices):
         return made
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return Kronecker(base, tensors, scale, self.layout == "transposed")
+        return Kronecker(base, tensors, self.scale, self.layout == "transposed")
+
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        factors = {name: t for name, t in tensors.items() if name.endswith(("_a", "_b"))}
+        axes = {name: rank_axes(t, left=name.endswith("_a")) for name, t in factors.items()}
+        return axes if "lokr_t2" not in tensors else axes | {"lokr_t2": (0, 1), "lokr_w2_a": (0,), "lokr_w2_b": (0,)}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a": self.scale}
 
 
 def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:

@@ -216,6 +216,17 @@ class LoRA(OnMatrices):
         start = self._factors(tensors["lora_B0"], tensors["lora_A0"])
         return Residual(base, (left, right), start, self.scale, self.dropout)
 
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        if self.layout == "kernel" and a.shape[0] != b.shape[1]:
+            return {}  # every group has its own share of the rank: zeros at the end would shift the shares
+        kernel = self.layout == "kernel"
+        factors = {name: t for name, t in tensors.items() if name.startswith(("lora_A", "lora_B"))}
+        return {name: rank_axes(t, left=name.startswith("lora_B"), kernel=kernel) for name, t in factors.items()}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return {name: self.scale for name in tensors if name.startswith("lora_B")}
+
     def _factors(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """The adapter's tensors as left and right factor of the weight as it is stored."""
         if self.layout == "transposed":
@@ -290,6 +301,11 @@ def matrix_of(shape: torch.Size, layout: Layout) -> tuple[list[int], int, int]:
         return [], *balanced(shape)
     *lead, rows, columns = shape
     return (lead, columns, rows) if layout == "transposed" else (lead, rows, columns)
+
+
+def rank_axes(factor: Tensor, *, left: bool, kernel: bool = False) -> tuple[int, ...]:
+    """Where the rank is in the left factor of a product of two matrices, or of two kernels, or in the right one."""
+    return (int(left),) if kernel else (factor.ndim - (1 if left else 2),)
 
 
 def as_matrix(parameter: Tensor, layout: Layout) -> Tensor:

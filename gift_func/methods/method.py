@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
@@ -70,11 +72,12 @@ class Method(ABC):
         A field `x` with a field `x_pattern` beside it takes the value of the pattern's first hit.
         """
         settled: dict[str, Any] = {}
-        for name in (field.name for field in fields(cast(Any, self)) if field.name.endswith("_pattern")):
-            option = name.removesuffix("_pattern")
-            settled[option] = first_match(getattr(self, name), site.module_name, getattr(self, option))
-            settled[name] = FrozenMap()
-        return self.but(**settled)
+        for name in _patterns(type(self)):
+            if getattr(self, name):
+                option = name.removesuffix("_pattern")
+                settled[option] = first_match(getattr(self, name), site.module_name, getattr(self, option))
+                settled[name] = FrozenMap()
+        return self.but(**settled) if settled else self
 
     def common(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Tensors that all sites of one rule share; they are kept once, under their own names, and not trained.
@@ -90,6 +93,31 @@ class Method(ABC):
 
     def companions(self, site: Site) -> dict[str, Method]:
         """Other parameters of the site's module that are adapted along with it, by parameter name."""
+        return {}
+
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Where the rank is: the axes of each tensor along which zeros may follow without changing the weight.
+
+        With all of them longer by the same number, the zeros get no gradient either: so adapters of several ranks act as
+        one of the largest, apart from `scaled_tensors`. Asked of the method that `at` returned.
+
+        Args:
+            tensors: one adapter's tensors at the site, by their short names; only their shapes count.
+
+        Returns:
+            Short name -> axes, from 0; nothing where another rank is more than zeros.
+        """
+        return {}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the weight's scale depends on, for a method with `rank_axes`: short names, each with the scale s.
+
+        Multiplying all of these tensors by a number is multiplying s by it. So they carry over to a method whose s is s':
+        multiplied by s / s', they make the same weight.
+
+        Args:
+            tensors: one adapter's tensors at the site, by their short names; only the names count.
+        """
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,9 +166,9 @@ class Method(ABC):
 
     def but(self, **changes: Any) -> Self:
         """The same method with some fields changed."""
-        made = object.__new__(type(self))
-        for field in fields(cast(Any, self)):
-            object.__setattr__(made, field.name, changes.get(field.name, getattr(self, field.name)))
+        made = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(made, name, value)
         return made
 
 
@@ -188,6 +216,11 @@ def is_computed(module: nn.Module, param_name: str) -> bool:
         return False
     parametrized = nn.utils.parametrize.is_parametrized(module, param_name)
     return parametrized or isinstance(module.__dict__.get(param_name), Tensor)
+
+
+@cache
+def _patterns(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind) if field.name.endswith("_pattern")]
 
 
 def _subclasses(kind: Any = Method) -> Iterator[type[Method]]:

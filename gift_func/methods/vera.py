@@ -90,3 +90,9 @@ class VeRA(OnMatrices):
         if self.layout == "transposed":
             return Triple(base, inner.mT, d, outer.mT, columns=b, dropout=self.dropout)
         return Triple(base, outer, d, inner, rows=b, dropout=self.dropout)
+
+    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {"vera_A": (0,), "vera_B": (1,), "vera_lambda_d": (tensors["vera_lambda_d"].ndim - 1,)}
+
+    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"vera_lambda_b": 1.0}

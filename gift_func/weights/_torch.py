@@ -4,6 +4,7 @@
   saved-tensor hooks that it pushes; there is no public way to ask for the hooks in force.
 - `is_functorch_wrapped_tensor`: torch's fused inference kernels have no batching rule, so under
   a `torch.func` transform they must not be taken; there is no public way to ask.
+- `get_unwrapped`: how much work an operation is depends on the batch that `torch.vmap` hides.
 - `CheckpointFunction`: a reentrant checkpoint whose inputs need no gradient loses the gradients of
   everything inside it; its frame on the stack is the only trace.
 """
@@ -27,6 +28,14 @@ def saved_tensor_hooks() -> object:
 def is_transformed(tensor: Tensor) -> bool:
     """Whether the tensor belongs to a `torch.func` transform (vmap, grad, jvp, ...) under way."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def whole_numel(tensor: Tensor) -> int:
+    """How many elements the tensor has with those of every `torch.vmap` it is under."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.numel()
 
 
 def inside_gradless_checkpoint() -> bool:

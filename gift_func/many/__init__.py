@@ -1,0 +1,1 @@
+"""Many adapters on one base: ensembles, banks, stores and sweeps."""

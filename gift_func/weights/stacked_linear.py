@@ -1,0 +1,128 @@
+"""`y_n = x_n·Wᵀ + bias + s·(x_n·A_nᵀ)·B_nᵀ` for N adapters at once.
+
+The frozen W meets the tokens of all adapters together, in one product as if there were one adapter. The changes are
+added into its fresh output; only x and the r-wide product are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class StackedLinear(torch.autograd.Function):
+    """The pair `(y, h)`, `h_n = x_n·A_nᵀ`. h is an output because second derivatives flow through it.
+
+    Shapes: x `(N, T, in)`, or `(T, in)` for one x that all share; W `(out, in)`; bias `(out,)` or None; left
+    `(N, out, r)`; right `(N, r, in)`; y `(N, T, out)`; h `(N, T, r)`.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        h = x @ right.mT
+        if x.ndim == 2:
+            shared = F.linear(x, weight, bias).expand(left.shape[0], -1, -1)
+            return torch.baddbmm(shared, h, left.mT, alpha=scale), h
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return y.baddbmm_(h, left.mT, alpha=scale), h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, left, right, ctx.scale = inputs
+        ctx.save_for_backward(x, weight, left, right, output[1])
+        ctx.save_for_forward(x, weight, left, right, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, left, right, h = ctx.saved_tensors
+        grad_x = grad_bias = grad_left = grad_right = None
+        if grad_y is not None:
+            # Of the two orders of each thin product, the one that reads the activations by rows.
+            thin = left.mT @ grad_y.mT
+            thin = thin * ctx.scale if grad_h is None else torch.add(grad_h.mT, thin, alpha=ctx.scale)
+            grad_bias = grad_y.sum((0, 1)) if ctx.needs_input_grad[2] else None
+            grad_left = (h.mT.contiguous() @ grad_y).mT * ctx.scale if ctx.needs_input_grad[3] else None
+        elif grad_h is not None:
+            thin = grad_h.mT
+        else:
+            return None, None, None, None, None, None
+        if ctx.needs_input_grad[4]:
+            grad_right = thin @ x
+        if ctx.needs_input_grad[0]:
+            grad_x = thin.mT @ right if grad_y is None else _through(grad_y, weight, thin, right)
+            grad_x = grad_x.sum(0) if x.ndim == 2 else grad_x
+        return grad_x, None, grad_bias, grad_left, grad_right, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        x_t: Tensor | None,
+        weight_t: None,
+        bias_t: Tensor | None,
+        left_t: Tensor | None,
+        right_t: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor, Tensor]:
+        x, weight, left, right, h = ctx.saved_tensors
+        h_t = torch.zeros_like(h)
+        y_t = x.new_zeros(*h.shape[:-1], weight.shape[0])
+        if x_t is not None:
+            h_t, y_t = h_t + x_t @ right.mT, y_t + F.linear(x_t, weight)
+        if right_t is not None:
+            h_t = h_t + x @ right_t.mT
+        if left_t is not None:
+            y_t = y_t + ctx.scale * (h @ left_t.mT)
+        if bias_t is not None:
+            y_t = y_t + bias_t
+        return y_t + ctx.scale * (h_t @ left.mT), h_t
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """A stack of stacks is one stack."""
+        x, weight, bias, left, right, scale = inputs
+        x_dim, weight_dim, bias_dim, left_dim, right_dim, _ = in_dims
+        if weight_dim is not None or bias_dim is not None:
+            return over(_plain, in_dims, inputs), (0, 0)
+        size, members = info.batch_size, left.shape[0 if left_dim is None else int(left_dim == 0)]
+        left, right = (front(t, d, size).flatten(0, 1) for t, d in ((left, left_dim), (right, right_dim)))
+        x = front(x, x_dim, size) if x_dim is not None or x.ndim == 3 else x
+        if x_dim is not None and x.ndim == 3:  # one x for each inner stack
+            x = x.unsqueeze(1).expand(-1, members, -1, -1)
+        x = x.flatten(0, 1) if x.ndim == 4 else x
+        y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
+        return (y.unflatten(0, (size, members)), h.unflatten(0, (size, members))), (0, 0)
+
+
+def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The tensor with its batch dimension first, spread over the batch if it has none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def over(function: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> Any:
+    """`function` over the batch, by torch's own rules for the operations in it."""
+    tensors = [(t, d) for t, d in zip(inputs, in_dims, strict=True) if d is not None]
+
+    def call(*batched: Tensor) -> Any:
+        rest = iter(batched)
+        return function(*(t if d is None else next(rest) for t, d in zip(inputs, in_dims, strict=True)))
+
+    return torch.vmap(call, tuple(d for _, d in tensors))(*(t for t, _ in tensors))
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    h = x @ right.mT
+    return F.linear(x, weight, bias) + scale * (h @ left.mT), h
+
+
+def _through(grad_y: Tensor, weight: Tensor, thin: Tensor, right: Tensor) -> Tensor:
+    """`grad_y·W + thinᵀ·A`: the gradient of x."""
+    grad_x = (grad_y.reshape(-1, grad_y.shape[-1]) @ weight).view(*grad_y.shape[:-1], -1)
+    if torch.is_grad_enabled():
+        return torch.baddbmm(grad_x, thin.mT, right)
+    return grad_x.baddbmm_(thin.mT, right)
