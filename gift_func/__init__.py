@@ -16,6 +16,7 @@ from .errors import StateError as StateError
 from .files import load_adapter as load_adapter
 from .files import save_adapter as save_adapter
 from .functional import functional_call as functional_call
+from .many.bank import AdapterBank as AdapterBank
 from .many.ensemble import Ensemble as Ensemble
 from .many.stacking import adapt_ensemble as adapt_ensemble
 from .many.stacking import stack as stack

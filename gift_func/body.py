@@ -192,13 +192,16 @@ class Body:
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """Around every use of the copy: look after the base, and for checkpoints."""
+        self._look_after_base()
+        with calling() as call:
+            yield call
+
+    def _look_after_base(self) -> None:
         if self.base.watch() != self._epoch:
             if self._resting:
                 self.rest(self._resting)
             else:
                 self.prepare()
-        with calling() as call:
-            yield call
 
     def _traced(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A trace knows neither threads nor checkpoints that outlive it, so torch's own binding will do.
@@ -209,7 +212,19 @@ class Body:
 
     @contextmanager
     def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
-        """A copy with these tensors in place, to this call alone.
+        """A copy with the weights that these tensors make in place, to this call alone."""
+        self._look_after_base()
+        weights = self.weights(tensors)
+        slots: dict[str, Tensor] = {name: Slot.of(weight) for name, weight in weights.items()}
+        if self._fused and runs_fused(self.structure, tensors.values()):
+            for name in (*self._fused, *self._guards):
+                slots[name] = (weights.get(name) or self.base.weights[name]).dense()
+        with self.lent(slots, buffers, private_buffers) as found:
+            yield found
+
+    @contextmanager
+    def lent(self, slots: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
+        """A copy with these in the places of parameters, to this call alone.
 
         It goes back for the next call unless this one changed its attributes, or met a checkpoint: that will run parts
         of the copy again in backward and must find the same tensors there, so the copy is left to it.
@@ -222,18 +237,12 @@ class Body:
             for name, buffer in buffers.items():
                 module_name, _, attribute = name.rpartition(".")
                 twin.structure.modules[module_name]._buffers[attribute] = buffer
-            weights = self.weights(tensors)
-            for name, weight in weights.items():
-                twin.structure.bind(name, Slot.of(weight))
-            exchanged = self._slots
-            if self._fused and runs_fused(self.structure, tensors.values()):
-                exchanged = {**{name: self.base.tensors[name] for name in self._fused - weights.keys()}, **self._slots}
-                for name in (*self._fused, *self._guards):
-                    twin.structure.bind(name, (weights.get(name) or self.base.weights[name]).dense())
+            for name, slot in slots.items():
+                twin.structure.bind(name, slot)
             yield twin, call
             if not call.checkpointed and twin.signature.agrees(twin.structure.signature()):
-                for name, tensor in exchanged.items():
-                    twin.structure.bind(name, tensor)
+                for name in slots:
+                    twin.structure.bind(name, self._slots[name] if name in self._slots else self.base.tensors[name])
                 self._twins.append(twin)
 
     def _lease(self) -> Twin:

@@ -5,6 +5,8 @@
 - `is_functorch_wrapped_tensor`: torch's fused inference kernels have no batching rule, so under
   a `torch.func` transform they must not be taken; there is no public way to ask.
 - `get_unwrapped`: how much work an operation is depends on the batch that `torch.vmap` hides.
+- `is_batchedtensor`, `maybe_get_bdim`, `maybe_get_level`: a decision by values can be taken for a whole ensemble where its
+  members agree, and attention be run as one batch; there is no public way to see a batch that `torch.vmap` hides.
 - `CheckpointFunction`: a reentrant checkpoint whose inputs need no gradient loses the gradients of
   everything inside it; its frame on the stack is the only trace.
 """
@@ -36,6 +38,24 @@ def whole_numel(tensor: Tensor) -> int:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor.numel()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether the innermost `torch.func` transform under way is a `torch.vmap` and the tensor is batched by it."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(tensor)) and functorch.maybe_get_level(tensor) == functorch.maybe_current_level()
+
+
+def batch_of(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that `is_batched`, its batch first."""
+    functorch = torch._C._functorch
+    whole: Tensor = functorch.get_unwrapped(tensor)
+    return whole.movedim(functorch.maybe_get_bdim(tensor), 0)
+
+
+def vmap_level() -> int:
+    """How many `torch.func` transforms are under way."""
+    return int(torch._C._functorch.maybe_current_level() or 0)
 
 
 def inside_gradless_checkpoint() -> bool:

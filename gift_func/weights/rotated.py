@@ -140,8 +140,7 @@ class Blocks(Rotated):
             # A vector lies as (segment, even or odd, block, half a block); a block takes one half of each kind.
             if i:
                 turned = rearrange(turned, "... (s e c h) -> ... (s c e h)", e=2, c=2**i, h=size // 2)
-            factor = blocks[..., i, :, :, :].expand(*blocks.shape[:-4], count, size, size)
-            turned = torch.einsum("...nck,...ckl->...ncl", turned.unflatten(-1, (count, size)), factor).flatten(-2)
+            turned = _by_blocks(turned, blocks[..., i, :, :, :])
             if i:
                 turned = rearrange(turned, "... (s c e h) -> ... (s e c h)", e=2, c=2**i, h=size // 2)
         return turned.to(rows.dtype)
@@ -179,10 +178,24 @@ class Reflected(Rotated):
         return (wide - change).to(rows.dtype)
 
 
+def _by_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """`rows @ R` for R of these blocks on its diagonal, `(..., count, b, b)`, or of the one block `(..., 1, b, b)`."""
+    size = blocks.shape[-1]
+    count = rows.shape[-1] // size
+    if blocks.ndim > 3:  # a stack of matrices
+        blocks = blocks.expand(*blocks.shape[:-3], count, size, size)
+        return torch.einsum("...nck,...ckl->...ncl", rows.unflatten(-1, (count, size)), blocks).flatten(-2)
+    if blocks.shape[0] < count:
+        return (rows.unflatten(-1, (count, size)) @ blocks[0]).flatten(-2)
+    # One product a block, whatever the dimensions of the rows: einsum would go a longer way to the same.
+    apart = rows.reshape(rows.shape[:-1].numel(), count, size).transpose(0, 1)
+    return torch.bmm(apart, blocks).transpose(0, 1).reshape(rows.shape)
+
+
 def skew(upper: Tensor, size: int) -> Tensor:
     """The skew-symmetric matrices `(..., size, size)` with these elements `(..., size·(size-1)/2)` above the diagonal."""
     i, j = torch.triu_indices(size, size, 1, device=upper.device)
-    flat = torch.zeros(*upper.shape[:-1], size * size, dtype=upper.dtype, device=upper.device)
+    flat = upper.new_zeros(*upper.shape[:-1], size * size)
     matrix: Tensor = flat.index_copy(-1, i * size + j, upper).unflatten(-1, (size, size))
     return matrix - matrix.mT
 
@@ -201,7 +214,12 @@ def neumann(skewed: Tensor, terms: int) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms < 3:
         return torch.add(eye, q, alpha=2 if terms == 2 else 0)
-    found: Tensor = 2 * eye + q
-    for _ in range(max(terms, 4) - 3):  # three terms are four in PEFT, whose checkpoints this must read
-        found = found @ q + 2 * eye
-    return found @ q + eye
+    # By pairs of powers, so that it takes half as many products: 2 + 2Q + Q²·(2 + 2Q + Q²·(...)).
+    degree = max(terms, 4) - 1  # three terms are four in PEFT, whose checkpoints this must read
+    q = q.reshape(-1, *q.shape[-2:])
+    square, first = torch.bmm(q, q), torch.add(eye, q, alpha=2)
+    pair = first + eye
+    found = eye + eye + q if degree % 2 else pair + square
+    for left in reversed(range((degree - 1) // 2)):
+        found = torch.baddbmm(pair if left else first, square, found)
+    return found.reshape(skewed.shape)

@@ -18,12 +18,16 @@ class Scaled(OnBase):
         base: W, of any shape.
         factor: of a shape that broadcasts to that of W.
         side: whether it scales rows (`"output"`) or columns of a matrix.
+        source: the tensor that the factor is a view of; by default the factor itself.
     """
 
-    def __init__(self, base: Weight | Tensor, factor: Tensor, side: Literal["output", "input"]) -> None:
+    def __init__(
+        self, base: Weight | Tensor, factor: Tensor, side: Literal["output", "input"], source: Tensor | None = None
+    ) -> None:
         self.base = as_weight(base)
         self.factor = factor
         self.side = side
+        self.source = factor if source is None else source
 
     def dense(self) -> Tensor:
         return (self.base.dense() * self.factor).to(self.dtype)
@@ -39,6 +43,15 @@ class Scaled(OnBase):
             return self.base.linear((x * along).to(x.dtype), bias)
         y = self.base.linear(x)
         return (y * along if bias is None else torch.addcmul(bias, y, along)).to(y.dtype)
+
+    def affine(self, x: Tensor, bias: Weight) -> Tensor:
+        """`linear` with a bias that is a weight too; if one tensor scales both, it scales what they give together."""
+        if self.side == "input" or not isinstance(bias, Scaled) or bias.source is not self.source or self.ndim != 2:
+            return self.linear(x, bias.dense())
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() > self.shape[-1]:
+            return self.linear(x, bias.dense())
+        y = self.base.linear(x, bias.base.dense())
+        return (y * self.factor.reshape(self.shape[0])).to(y.dtype)
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.side == "output" or self.ndim != 2:
@@ -56,4 +69,4 @@ class Scaled(OnBase):
         return Scaled(self.base[index], factor, self.side)
 
     def eval(self) -> Weight:
-        return Scaled(self.base.eval(), self.factor, self.side)
+        return Scaled(self.base.eval(), self.factor, self.side, self.source)

@@ -52,7 +52,8 @@ class SharedShards(OnBase):
         thin = F.dropout(x, self.dropout) if self.dropout else x
         if thin.dtype != self.block.dtype and not autocasts(x):
             thin = thin.to(self.block.dtype)
-        shards = F.pad(thin, (0, -columns % rank)).unflatten(-1, (-1, rank)).sum(-2)
+        thin = F.pad(thin, (0, -columns % rank)) if columns % rank else thin
+        shards = thin.unflatten(-1, (-1, rank)).sum(-2)
         change = dense_linear(shards, self.block.mT, None)
         if width < rows:
             change = change.repeat(*[1] * (change.ndim - 1), rows // width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -73,7 +74,10 @@ class Triple(LowRank):
         thin = thin if columns is None else thin * columns
         assert middle is not None
         change = dense_linear(dense_linear(thin, self.inner, None) * middle, self.outer, None)
-        return add_scaled(self.base.linear(x, bias), change if rows is None else change * rows, self.scale)
+        y = self.base.linear(x, bias)
+        if rows is not None and y.dtype == change.dtype and not isinstance(self.scale, Tensor):
+            return torch.addcmul(y, change, rows, value=self.scale)
+        return add_scaled(y, change if rows is None else change * rows, self.scale)
 
     def eval(self) -> Weight:
         parts = self.outer, self.middle, self.inner

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..slot import Slot, dense_of, rule
+from ..stacked_attention import attention as scaled_attention
 from ..value import Weight, as_weight
 
 
@@ -103,7 +104,7 @@ def multi_head_attention_forward(
         if mask is not None:
             mask = mask.unsqueeze(0) if mask.shape[0] == 1 else rearrange(mask, "(n h) l s -> n h l s", h=num_heads)
         q, k, v = (rearrange(t, "(n h) l d -> n h l d", h=num_heads) for t in (q, k, v))
-        mixed = rearrange(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), "n h l d -> l n (h d)")
+        mixed = rearrange(scaled_attention(q, k, v, mask, dropout, is_causal), "n h l d -> l n (h d)")
     attended = _weight(out_proj_weight).linear(mixed, dense_of(out_proj_bias))
     if not batched:
         attended = attended.squeeze(1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..scaled import Scaled
 from ..slot import Slot, dense_of, rule
 from ..value import Weight
 
@@ -16,6 +17,8 @@ from ..value import Weight
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Slot):
         return NotImplemented
+    if isinstance(bias, Slot) and isinstance(weight.weight, Scaled):
+        return weight.weight.affine(dense_of(input), bias.weight)
     return weight.weight.linear(dense_of(input), dense_of(bias))
 
 
