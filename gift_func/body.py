@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .base import FrozenBase
 from .fused import fused_names, guards, runs_fused
 from .methods import Method
-from .structure import Signature, Structure, clone, join
+from .snapshot import Snapshot
+from .structure import Structure, clone, join
 from .weights import Dense, Slot, Weight
 from .weights.call import Call, calling
 
@@ -42,14 +43,14 @@ class Twin:
 
     Attributes:
         structure: the copy.
-        source: the body's signature when the copy was made.
-        signature: the copy's own.
+        source: what the body held when the copy was made.
+        own: what the copy held then.
         buffers: the modules that hold buffers, of the body and of the copy.
     """
 
     structure: Structure
-    source: Signature
-    signature: Signature
+    source: Snapshot
+    own: Snapshot
     buffers: list[tuple[nn.Module, nn.Module]]
 
 
@@ -240,21 +241,21 @@ class Body:
             for name, slot in slots.items():
                 twin.structure.bind(name, slot)
             yield twin, call
-            if not call.checkpointed and twin.signature.agrees(twin.structure.signature()):
+            if not call.checkpointed and twin.own.holds():
                 for name in slots:
                     twin.structure.bind(name, self._slots[name] if name in self._slots else self.base.tensors[name])
                 self._twins.append(twin)
 
     def _lease(self) -> Twin:
-        source = self.structure.signature()
         while self._twins:
             try:
                 twin = self._twins.pop()
             except IndexError:  # another thread took the last one
                 break
-            if twin.source.agrees(source):
+            if twin.source.holds():
                 return twin
         structure = self.structure.copy()
         pairs = zip(self.structure.modules.values(), structure.modules.values(), strict=True)
         buffers = [(mine, other) for mine, other in pairs if mine._buffers]
-        return Twin(structure, source, structure.signature(), buffers)
+        source, own = (Snapshot(found.modules.values()) for found in (self.structure, structure))
+        return Twin(structure, source, own, buffers)
