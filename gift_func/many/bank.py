@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from ..adapt import base_of
 from ..adapted import AdaptedModel
 from ..base import BaseView, FrozenBase
 from ..errors import AdaptError, nearest
+from ..structure import clone
 from .entry import Entry, side_by_side
-from .mixing import Batch, Network, arrange
+from .mixing import Network
+from .planning import Batch, arrange
 
 Names = Sequence[str | None]
 
@@ -63,7 +65,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         entries = [Entry.of(model) for model in given.values()]
         for name, entry in zip(given, entries, strict=True):
             _check_base(name, frozen, entry.base)
-        self._entries: dict[str, Entry] = dict(zip(given, side_by_side(entries), strict=True))
+        self._entries: dict[str, Entry] = dict(zip(given, side_by_side(entries, frozen), strict=True))
         self._network = Network(frozen, training)
         self._models = _Kept()
 
@@ -75,11 +77,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         Raises:
             KeyError: with the nearest names.
         """
-        entry = self._entry(name)
-        found = self._models.get(entry)
-        if found is None:
-            found = self._models.put(entry, self._network.model(entry))
-        return found
+        return self._apart(self._entry(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -117,7 +115,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             raise AdaptError(f"the bank has an adapter {name!r} already; remove it first, or give this one another name")
         entry = Entry.of(adapter)
         _check_base(name, self._network.base, entry.base)
-        return self._like({**self._entries, name: side_by_side([entry])[0]})
+        return self._like({**self._entries, name: side_by_side([entry], self._network.base)[0]})
 
     def remove(self, name: str) -> AdapterBank:
         """A bank without one of the adapters, which shares the tensors of the others.
@@ -152,7 +150,10 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     def to(self, *args: Any, **kwargs: Any) -> AdapterBank:
         """A bank on another device or of another element type, as `nn.Module.to` has it."""
-        return AdapterBank({name: self[name].to(*args, **kwargs) for name in self}) if self._entries else self
+        function = _Conversion.of(*args, **kwargs)
+        base = self._network.base.apply(function)
+        moved = [entry.apply(function, base) for entry in self._entries.values()]
+        return self._like(dict(zip(self._entries, side_by_side(moved), strict=True)), network=Network(base, self.training))
 
     @property
     def training(self) -> bool:
@@ -210,13 +211,29 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     # --- inside
 
-    def _like(self, entries: Mapping[str, Entry], training: bool | None = None) -> AdapterBank:
+    def _like(self, entries: Mapping[str, Entry], training: bool | None = None, network: Network | None = None) -> AdapterBank:
         made: AdapterBank = object.__new__(type(self))
         made._entries = dict(entries)
-        same = training is None or training == self.training
-        made._network = self._network if same else self._network.in_mode(bool(training))
-        made._models = self._models if same else _Kept()
+        if network is None:
+            same = training is None or training == self.training
+            network = self._network if same else self._network.in_mode(bool(training))
+        made._network = network
+        made._models = self._models if network is self._network else _Kept()
         return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank:
+        copied = side_by_side(list(self._entries.values()))
+        for ours, theirs in zip(self._entries.values(), copied, strict=True):
+            for name, tensor in ours.tensors.items():
+                theirs.tensors[name].grad = None if tensor.grad is None else clone(tensor.grad)
+                memo[id(tensor)] = theirs.tensors[name]
+        made = memo[id(self)] = self._like(dict(zip(self._entries, copied, strict=True)))
+        made._models = _Kept()
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        entries = {name: entry.apply(clone, entry.base) for name, entry in self._entries.items()}
+        return _restore, (type(self), self._network.base, self.training, entries)
 
     def _entry(self, name: str) -> Entry:
         found = self._entries.get(name)
@@ -241,10 +258,8 @@ class AdapterBank(Mapping[str, AdaptedModel]):
                 raise AdaptError(f"there is no adapter {number} in a bank of {len(entries)}; -1 is the base alone")
         return [None if number < 0 else entries[number] for number in numbers]
 
-    def _apart(self, entry: Entry | None) -> Callable[..., Any]:
+    def _apart(self, entry: Entry) -> AdaptedModel:
         """What runs one adapter's samples by themselves."""
-        if entry is None:
-            return self._network.view()
         found = self._models.get(entry)
         return self._models.put(entry, self._network.model(entry)) if found is None else found
 
@@ -271,6 +286,29 @@ class _Kept:
             while len(self._found) > self.SIZE:
                 self._found.popitem(last=False)
             return kept
+
+
+class _Conversion(nn.Module):
+    """What `nn.Module.to` does to each tensor."""
+
+    function: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def of(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
+        """For arguments as `nn.Module.to` takes them."""
+        return _Conversion().to(*args, **kwargs).function
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.function = fn
+        return self
+
+
+def _restore(kind: type[AdapterBank], base: FrozenBase, training: bool, entries: Mapping[str, Entry]) -> AdapterBank:
+    made: AdapterBank = object.__new__(kind)
+    made._entries = dict(zip(entries, side_by_side(list(entries.values())), strict=True))
+    made._network = Network(base, training)
+    made._models = _Kept()
+    return made
 
 
 def _check(name: object, model: object) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapted import AdaptedModel
+from ..adapted import AdaptedModel, kept_buffers
 from ..base import FrozenBase
 from ..body import Part
 from ..strategy import Strategy
@@ -36,6 +38,8 @@ class Entry:
     tensors: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
     structure: Structure | None
+    _statistics: dict[str, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _made: dict[bool, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -46,18 +50,59 @@ class Entry:
         buffers = {name: clone(tensor) for name, tensor in state.items() if name not in model.adapter}
         own = _own_modules(body.structure, body.base.structure)
         tensors = dict(model.adapter.items())
-        return Entry(body.base, model.parts, model.strategy, tensors, buffers, body.structure if own else None)
+        return Entry(body.base, model.parts, model.strategy, tensors, buffers, body.structure.copy(clone) if own else None)
+
+    @property
+    def address(self) -> int:
+        """Where its first tensor lies in memory."""
+        return next((tensor.data_ptr() for tensor in self.tensors.values()), 0)
 
     @property
     def apart(self) -> str | None:
         """Why the adapter cannot share a pass with others, or None."""
         if self.structure is not None:
             return "it brings modules of its own"
-        return "it keeps buffers of its own" if self.buffers else None
+        if any(
+            name not in self._statistics or tensor._version != self._statistics[name] for name, tensor in self.buffers.items()
+        ):
+            return "it keeps buffers of its own"
+        return None
+
+    def keep_statistics(self) -> None:
+        """Let the adapter have persistent buffers of its own, which its models write to and share."""
+        with self._lock:
+            for name, buffer in kept_buffers(self.base.structure).items():
+                if name not in self.buffers:
+                    mine = clone(buffer)
+                    self._statistics[name] = mine._version
+                    self.buffers[name] = mine
 
     def on(self, base: FrozenBase, tensors: Mapping[str, nn.Parameter]) -> Entry:
         """The same adapter by other tensors, on the same base or another view of it."""
+        if base is not self.base:
+            base.learn(self.base)
         return Entry(base, self.parts, self.strategy, dict(tensors), dict(self.buffers), self.structure)
+
+    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Entry:
+        """The same adapter with a function applied to all that is its own, on a base that it was applied to as well."""
+        tensors = {
+            name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
+            for name, tensor in self.tensors.items()
+        }
+        buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
+        structure = None if self.structure is None else self.structure.copy(function)
+        return Entry(base, self.parts, self.strategy, tensors, buffers, structure)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        module = None
+        if self.structure is not None:
+            structure = self.structure.copy()
+            for name in structure.places:
+                found = self.tensors.get(name, self.base.tensors.get(name))
+                if found is not None:
+                    structure.bind(name, found)
+            module = structure.module
+        return _restore, (self.base, self.parts, self.strategy, self.tensors, self.buffers, module)
 
     def weights(self, training: bool) -> dict[str, Weight]:
         """The structured weights, by the name of the parameter; kept where they only view the tensors."""
@@ -97,16 +142,24 @@ class Entry:
         """
         if self.structure is not None:
             structure = Structure(self.structure.detached())
+            own = {part.name for part in self.parts}
+            for name in structure.places:
+                if name in self.base.tensors and name not in own:
+                    structure.bind(name, self.base.tensors[name])
         for name, buffer in self.buffers.items():
             module_name, _, attribute = name.rpartition(".")
             structure.modules[module_name]._buffers[attribute] = buffer
         return AdaptedModel(self.base, structure, self.parts, self.tensors, self.strategy)
 
 
-def side_by_side(entries: Sequence[Entry]) -> list[Entry]:
+def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> list[Entry]:
     """The same adapters with their tensors copied, those of one name and shape next to each other in memory.
 
     A batch that uses all of them then needs no copy of any: their tensors are one stack as they lie.
+
+    Args:
+        entries: adapters of bases that share their tensors.
+        base: the one that all are put on; None leaves each on its own.
     """
     groups: dict[tuple[object, ...], list[tuple[int, str]]] = {}
     for index, entry in enumerate(entries):
@@ -119,7 +172,8 @@ def side_by_side(entries: Sequence[Entry]) -> list[Entry]:
         for row, (index, name) in zip(slab.unbind(0), members, strict=True):
             found[index][name] = nn.Parameter(row, requires_grad=entries[index].tensors[name].requires_grad)
     return [
-        entry.on(entry.base, {name: own[name] for name in entry.tensors}) for entry, own in zip(entries, found, strict=True)
+        entry.on(entry.base if base is None else base, {name: own[name] for name in entry.tensors})
+        for entry, own in zip(entries, found, strict=True)
     ]
 
 
@@ -167,3 +221,14 @@ def _own_modules(structure: Structure, base: Structure) -> bool:
     if ours.keys() != theirs.keys() or structure.names.keys() != base.names.keys():
         return True
     return not all(map(is_, map(type, ours.values()), (type(theirs[name]) for name in ours)))
+
+
+def _restore(
+    base: FrozenBase,
+    parts: tuple[Part, ...],
+    strategy: Strategy | None,
+    tensors: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    module: nn.Module | None,
+) -> Entry:
+    return Entry(base, parts, strategy, tensors, buffers, None if module is None else Structure(module))

@@ -9,8 +9,7 @@ Where the rows are is not guessed from shapes: the batch is followed (`many.rows
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,35 +17,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
-from ..weights import Dense, LowRank, Slot, Weight
+from ..weights import Dense, Slot, Weight
 from ..weights.call import current
-from ..weights.mixed_linear import mixed_linear
 from ..weights.names import METADATA
 from ..weights.value import autocasts
-from .entry import stacked
+from .low_rank_runs import LowRankRuns
+from .mix import Mix
 from .rows import Following, Lost, Rows, owner_index, rows_of, tag
 
 
 class ApartError(Exception):
     """The adapters of a batch cannot share a pass: each must take one of its own."""
-
-
-class Mix:
-    """How the samples of one call are divided.
-
-    Args:
-        counts: how many samples each run has, in order.
-    """
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = tuple(counts)
-        self.size = sum(counts)
-        self.ends = list(accumulate(counts))
-        self._runs: Tensor | None = None
-
-    def run_of(self, owners: Tensor) -> Tensor:
-        """The run that each of these samples belongs to."""
-        return torch.bucketize(owners, torch.tensor(self.ends, device=owners.device), right=True)
 
 
 class Routed(Weight):
@@ -60,7 +41,7 @@ class Routed(Weight):
     def __init__(self, members: Sequence[Weight], name: str) -> None:
         self.members = tuple(members)
         self.name = name
-        self._low_rank: LowRankRuns | None = None
+        self._low_rank: dict[bool, LowRankRuns | Literal[False]] = {}
 
     @property
     def shape(self) -> torch.Size:
@@ -81,60 +62,17 @@ class Routed(Weight):
     def requires_grad(self) -> bool:
         return any(member.requires_grad for member in self.members)
 
-    def low_rank(self) -> LowRankRuns | None:
-        """The runs' factors in one piece, if all that have any are low-rank changes of one matrix."""
-        kept = self._low_rank
-        if kept is None or kept.copied:
-            kept = LowRankRuns.of(self.members)
-            self._low_rank = kept
-        return kept
+    def low_rank(self, transposed: bool = False) -> LowRankRuns | None:
+        """The runs' factors in one piece, if all that have any are low-rank changes of one matrix.
 
-
-class LowRankRuns:
-    """Low-rank changes of one frozen matrix, stacked.
-
-    Attributes:
-        base: W.
-        left: B, `(K, out, r)`.
-        right: A, `(K, r, in)`.
-        scale: s.
-        adapted: which runs have one.
-        copied: whether the stack is a copy of the adapters' tensors, good for this moment.
-    """
-
-    def __init__(self, base: Tensor, changes: Sequence[LowRank], adapted: Sequence[bool]) -> None:
-        self.base = base
-        self.adapted = tuple(adapted)
-        lefts, rights = [change.left for change in changes], [change.right for change in changes]
-        scales = [change.scale for change in changes]
-        rank = max(left.shape[-1] for left in lefts)
-        if any(left.shape[-1] != rank for left in lefts):
-            lefts = [F.pad(left, (0, rank - left.shape[-1])) for left in lefts]
-            rights = [F.pad(right, (0, 0, 0, rank - right.shape[-2])) for right in rights]
-        self.scale = float(scales[0])
-        if any(scale != scales[0] for scale in scales):
-            lefts = [left * (float(scale) / self.scale) for left, scale in zip(lefts, scales, strict=True)]
-        self.left, self.right = stacked(lefts), stacked(rights)
-        self.copied = len(changes) > 1 and not (_lies_in(self.left, changes[0].left) and _lies_in(self.right, changes[0].right))
-
-    @staticmethod
-    def of(members: Sequence[Weight]) -> LowRankRuns | None:
-        """The members' stack, or None where they are of other kinds."""
-        base: Tensor | None = None
-        changes = []
-        for member in members:
-            plain = member.base if isinstance(member, LowRank) else member
-            if not isinstance(plain, Dense) or plain.tensor.ndim != 2 or (base is not None and not _same(base, plain.tensor)):
-                return None
-            base = plain.tensor
-            if isinstance(member, LowRank):
-                fits = member.left.ndim == 2 and member.left.shape[0] == base.shape[0] and not member.dropout
-                if not fits or isinstance(member.scale, Tensor) or member.scale == 0 or member.left.dtype != base.dtype:
-                    return None
-                changes.append(member)
-        if base is None or not changes:
-            return None
-        return LowRankRuns(base, changes, [isinstance(member, LowRank) for member in members])
+        Args:
+            transposed: of the weight's transpose.
+        """
+        kept = self._low_rank.get(transposed)
+        if kept is None or (isinstance(kept, LowRankRuns) and not kept.is_good):
+            members = [member.mT for member in self.members] if transposed else self.members
+            kept = self._low_rank[transposed] = LowRankRuns.of(members) or False
+        return kept or None
 
 
 class RoutedSlot(Slot):
@@ -170,14 +108,18 @@ class RoutedSlot(Slot):
 
 
 def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    product = _PRODUCTS.get(func)
+    if product is not None and not kwargs:
+        made = product(*args)
+        if made is not None:
+            return made
     leaves, spec = tree_flatten((args, kwargs))
     slots = [leaf for leaf in leaves if isinstance(leaf, RoutedSlot)]
     weight, mix = slots[0].weight, slots[0].mix
-    call = current()
-    if call is not None and call.grad:
-        call.look(slot.weight for slot in slots)
-        if call.checkpointed:
-            raise ApartError  # the checkpoint runs it again when the rows are no longer known
+    mix.elsewhere()
+    _look_for_checkpoints(slots)
+    if getattr(func, "__name__", "").endswith("grouped_mm"):
+        return _by_experts(func, args, kwargs)
     found = [
         (place, rows_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
     ]
@@ -200,31 +142,41 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
                     "bank[name](...)."
                 )
         return _each(func, leaves, spec, mix)
-    if func is F.linear or func is torch._C._nn.linear:
-        made = _linear(mix, *args, **kwargs)
-        if made is not None:
-            return made
     return _by_runs(func, leaves, spec, followed, mix)
 
 
-def _linear(mix: Mix, input: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
+def _look_for_checkpoints(slots: Sequence[RoutedSlot]) -> None:
+    call = current()
+    if call is not None and call.grad:
+        call.look(slot.weight for slot in slots)
+        if call.checkpointed:
+            raise ApartError  # the checkpoint runs it again when the rows are no longer known
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
     """The layer in one piece, or None where its weights are not all low-rank."""
-    if not isinstance(weight, RoutedSlot) or isinstance(bias, Slot) or autocasts(input):
+    if not isinstance(weight, RoutedSlot) or isinstance(input, Slot) or isinstance(bias, Slot) or input.ndim < 2:
         return None
-    runs, rows = weight.weight.low_rank(), rows_of(input)
-    if runs is None or not isinstance(rows, Rows) or input.dtype != runs.base.dtype or rows.axis == input.ndim - 1:
+    runs, mix = weight.weight.low_rank(transposed), weight.mix
+    if runs is None or input.dtype != runs.base.dtype or autocasts(input) or not mix.in_front(weight.weight.name, input):
         return None
-    in_front = rows.axis == 0 and rows.owners is None and input.shape[0] == rows.inner * mix.size
-    adapted = runs.adapted
-    if not in_front or not all(a or not b for a, b in pairwise(adapted)):
-        return None
-    each = input[0].numel() // input.shape[-1] * rows.inner
-    sizes = tuple(count * each for count, has in zip(mix.counts, adapted, strict=True) if has)
-    if not each:
-        return None
-    flat = input.reshape(-1, input.shape[-1])
-    y = mixed_linear(flat, runs.base, bias, runs.left, runs.right, runs.scale, sizes)
-    return y.view(*input.shape[:-1], -1)
+    _look_for_checkpoints((weight,))
+    return runs.linear(mix, input, bias)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
+    return _linear(input, other, None, transposed=True)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor | None:
+    return _linear(mat1, mat2, input, transposed=True) if input.ndim == 1 else None
+
+
+_PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    **dict.fromkeys((F.linear, torch._C._nn.linear), _linear),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+}
 
 
 def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, mix: Mix) -> Any:
@@ -279,6 +231,29 @@ def _by_runs(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: M
     return tree_unflatten(made, out_spec)
 
 
+def _by_experts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`grouped_mm` of tokens sorted by expert: the tokens of each run with its own experts, the groups counted anew."""
+    x, weight, *rest = args
+    offs = rest[0] if rest else kwargs.get("offs")
+    rows = rows_of(x)
+    if not isinstance(weight, RoutedSlot) or not isinstance(rows, Rows) or rows.axis != 0 or not isinstance(offs, Tensor):
+        raise AdaptError(
+            "grouped_mm meets a parameter that differs by sample in a form in which its tokens cannot be told apart. Give this "
+            "call samples of one adapter, bank[name](...)."
+        )
+    run = weight.mix.run_of(owner_index(rows, x.shape[0], weight.mix.size, x.device))
+    expert = torch.bucketize(torch.arange(x.shape[0], device=x.device), offs.to(torch.int64), right=True)
+    parts, places = [], []
+    for index in range(len(weight.mix.counts)):
+        own = (run == index).nonzero().squeeze(-1)
+        counts = torch.bincount(expert[own], minlength=offs.shape[0])[: offs.shape[0]]
+        ends = counts.cumsum(0).to(offs.dtype)
+        if own.numel():
+            parts.append(func(x.index_select(0, own), _member(weight, index), **{**kwargs, "offs": ends}))
+            places.append(own)
+    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(places)))
+
+
 def _split(tensor: Tensor, rows: Rows, mix: Mix) -> tuple[Sequence[Tensor], Tensor | None]:
     """Each run's rows of a tensor, and the order they were brought in, if they had to be."""
     size = tensor.shape[rows.axis]
@@ -330,11 +305,3 @@ def _member(leaf: Any, run: int) -> Any:
 def _all_of_one(rows: Rows, part: Tensor) -> Rows:
     """The tag of rows that, to the functions of one run, are of one sample."""
     return Rows(rows.axis, max(part.shape[rows.axis], 1))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
-
-
-def _lies_in(whole: Tensor, part: Tensor) -> bool:
-    return whole.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()

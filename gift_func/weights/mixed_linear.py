@@ -98,7 +98,7 @@ def _forward(
     y = F.linear(x, weight, bias)
     count, rows = len(sizes), sum(sizes)
     if len(set(sizes)) == 1:
-        h = x[:rows].view(count, sizes[0], -1) @ right.mT
+        h = torch.bmm(x[:rows].view(count, sizes[0], -1), right.mT)
         y[:rows].view(count, sizes[0], -1).baddbmm_(h, left.mT, alpha=scale)
         return y, h.flatten(0, 1)
     h = torch.cat([part @ right[k].mT for k, part in _parts(x, sizes)])
