@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedModel
-from .base import FrozenBase, as_tensor
+from .adapted import AdaptedModel, filled
+from .base import BaseView, FrozenBase, as_tensor
 from .body import Part
 from .initial import Initial, Shapes, parts_of
 from .methods import Full, Graft, Method
@@ -19,7 +19,7 @@ from .surgery import Rules, caps_of, is_protocol, operate, seeded
 
 
 def adapt(
-    model: nn.Module | FrozenBase,
+    model: nn.Module | FrozenBase | BaseView,
     strategy: Method | Mapping[str, Method] | Strategy | Iterable[Any] | Rules,
     *,
     generator: torch.Generator | None = None,
@@ -28,7 +28,8 @@ def adapt(
 
     Args:
         model: any module; it is read and never written to, and its tensors are shared, not copied. An `AdaptedModel` is
-            adapted on top: its own adapter is frozen as it is now. A `FrozenBase` spares copying the structure again.
+            adapted on top: its own adapter is frozen as it is now. A `FrozenBase`, or another adapted model's `base`, spares
+            copying and looking through the model again.
         strategy: a method (which takes its usual sites), a dict from glob patterns to methods (first match wins), a
             `Strategy`, or the seed's protocol, an iterable of (check, action[, paras]).
         generator: what initial values are drawn from, those of modules that actions make too; without one they come from
@@ -53,16 +54,36 @@ def adapt(
     return _adapt(model, strategy, Initial(generator))
 
 
-def readapt(model: nn.Module | FrozenBase, strategy: Any, state: Mapping[str, Tensor]) -> AdaptedModel:
+def readapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, state: Mapping[str, Tensor]) -> AdaptedModel:
     """Adapt a model with tensors that are already there; nothing is drawn.
 
     Raises:
         StateError: if the tensors are not those that the strategy asks for.
     """
-    return _adapt(model, strategy, Shapes(torch.Generator())).with_adapter(state)
+    base = base_of(model)
+    known = base.plans.get(strategy) if isinstance(strategy, Strategy) else None
+    if known is None:
+        base, body, parts, shapes, rules = _plan(base, strategy, Shapes(torch.Generator()))
+        if rules is not None and rules.is_data and not any(isinstance(method, Graft) for _, method in rules.rules):
+            base.plans = {rules: (parts, shapes)}  # files of one base mostly have one strategy
+    else:
+        (parts, shapes), body, rules = known, base.structure.copy(clone), strategy
+    return AdaptedModel(base, body, parts, filled(base, body, parts, shapes, state), rules)
 
 
-def _adapt(model: nn.Module | FrozenBase, strategy: Any, initial: Initial) -> AdaptedModel:
+def _adapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Initial) -> AdaptedModel:
+    return AdaptedModel(*_plan(model, strategy, initial))
+
+
+class _Plan(NamedTuple):
+    base: FrozenBase
+    body: Structure
+    parts: list[Part]
+    tensors: dict[str, nn.Parameter]
+    rules: Strategy | None
+
+
+def _plan(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Initial) -> _Plan:
     rules = None if is_protocol(strategy) else Strategy.of(strategy)
     base = base_of(model)
     if rules is not None:
@@ -76,13 +97,15 @@ def _adapt(model: nn.Module | FrozenBase, strategy: Any, initial: Initial) -> Ad
         rules = None if operation.changed else Strategy.by_name(placements)
     parts, tensors = parts_of(placements, initial, fresh)
     parts.extend(Part(name, Full(), {"": name}) for name in fresh)
-    return AdaptedModel(base, body, parts, {**tensors, **fresh}, rules)
+    return _Plan(base, body, parts, {**tensors, **fresh}, rules)
 
 
-def base_of(model: nn.Module | FrozenBase) -> FrozenBase:
+def base_of(model: nn.Module | FrozenBase | BaseView) -> FrozenBase:
     """The frozen base that a model makes; of an adapted model, one that holds its adapter as it is now."""
     if isinstance(model, FrozenBase):
         return model
+    if isinstance(model, BaseView):
+        return model._frozen
     if isinstance(model, AdaptedModel):
         return _frozen(model)
     if isinstance(model, nn.Module):

@@ -132,7 +132,7 @@ class AdaptedModel(nn.Module):
         """
         state = {name: parameter.detach() for name, parameter in self.adapter.items()}
         pristine = self._pristine()
-        for name, buffer in self._buffers_kept().items():
+        for name, buffer in kept_buffers(self._body.structure).items():
             if name not in pristine or not _equal(buffer, pristine[name]):
                 state[name] = buffer.detach()
         return state
@@ -146,20 +146,9 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: if a name is missing or unknown, or a shape differs.
         """
-        self._check(state, strict=True)
-        pristine = self._pristine()
-        structure = self._body.structure.copy()
-        for name, attribute, module, buffer in structure.buffers():
-            source = state[name] if name in state else pristine.get(name, buffer)
-            module._buffers[attribute] = source.detach().to(buffer).clone()
-        tensors, weights = {}, self._body.base.weights
-        for part in self.parts:
-            for name in part.names.values():
-                old = self.adapter[name]
-                home = weights[part.name].device if part.name in weights else old.device
-                tensor = state[name].detach().to(home, old.dtype, copy=True)
-                tensors[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        return AdaptedModel(self._body.base, structure, self.parts, tensors, self.strategy)
+        base, structure = self._body.base, self._body.structure.copy()
+        tensors = filled(base, structure, self.parts, dict(self.adapter.items()), state)
+        return AdaptedModel(base, structure, self.parts, tensors, self.strategy)
 
     def load_adapter_state_dict(self, state: Tensors, strict: bool = True) -> IncompatibleKeys:
         """Copy tensors into this model's parameters and buffers in place, so that an optimizer keeps them.
@@ -171,13 +160,13 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: before anything is written.
         """
-        left_out = self._check(state, strict)
+        left_out = _check(state, dict(self.adapter.items()), kept_buffers(self._body.structure), strict)
         pristine = self._pristine() if strict else {}
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 if name in state:
                     parameter.copy_(state[name])
-            for name, buffer in self._buffers_kept().items():
+            for name, buffer in kept_buffers(self._body.structure).items():
                 source = state[name] if name in state else pristine.get(name)
                 if source is not None:
                     buffer.copy_(source)
@@ -260,33 +249,61 @@ class AdaptedModel(nn.Module):
     def _pristine(self) -> dict[str, Tensor]:
         return {name: buffer for name, _, _, buffer in self._body.base.structure.buffers()}
 
-    def _buffers_kept(self) -> dict[str, Tensor]:
-        """The persistent buffers, by global name."""
-        return {
-            name: buffer
-            for name, attribute, module, buffer in self._body.structure.buffers()
-            if attribute not in module._non_persistent_buffers_set
-        }
 
-    def _check(self, state: Tensors, strict: bool) -> IncompatibleKeys:
-        """Refuse a state that does not fit, before anything is done with it."""
-        buffers = self._buffers_kept()
-        known: dict[str, Tensor] = {**buffers, **self.adapter}
-        missing = [name for name in self.adapter if name not in state]
-        unexpected = [name for name in state if name not in known]
-        if strict and missing:
+def filled(
+    base: FrozenBase, structure: Structure, parts: Sequence[Part], adapter: Mapping[str, nn.Parameter], state: Tensors
+) -> dict[str, nn.Parameter]:
+    """Parameters like an adapter's with copies of a state's values; the structure's buffers get theirs, or the base's.
+
+    Args:
+        adapter: parameters under their global names; only their shapes, types and `requires_grad` count.
+
+    Raises:
+        StateError: if a name is missing or unknown, or a shape differs; nothing is written then.
+    """
+    _check(state, adapter, kept_buffers(structure), strict=True)
+    pristine = {name: buffer for name, _, _, buffer in base.structure.buffers()}
+    for name, attribute, module, buffer in structure.buffers():
+        source = state[name] if name in state else pristine.get(name, buffer)
+        module._buffers[attribute] = source.detach().to(buffer).clone()
+    tensors: dict[str, nn.Parameter] = {}
+    for part in parts:
+        for name in part.names.values():
+            if name not in tensors:
+                old = adapter[name]
+                home = base.weights[part.name].device if part.name in base.weights else old.device
+                tensor = state[name].detach().to(home, old.dtype, copy=True)
+                tensors[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    return tensors
+
+
+def kept_buffers(structure: Structure) -> dict[str, Tensor]:
+    """The persistent buffers, by global name."""
+    return {
+        name: buffer
+        for name, attribute, module, buffer in structure.buffers()
+        if attribute not in module._non_persistent_buffers_set
+    }
+
+
+def _check(state: Tensors, adapter: Tensors, buffers: Tensors, strict: bool) -> IncompatibleKeys:
+    """Refuse a state that does not fit, before anything is done with it."""
+    known = {**buffers, **adapter}
+    missing = [name for name in adapter if name not in state]
+    unexpected = [name for name in state if name not in known]
+    if strict and missing:
+        raise StateError(
+            f"the state lacks {len(missing)} of the adapter's {len(adapter)} tensors, {missing[0]!r} first; in the "
+            f"state {nearest(missing[0], state)}. Is it a state of another strategy?"
+        )
+    if strict and unexpected:
+        raise StateError(f"the adapter has no {unexpected[0]!r}; {nearest(unexpected[0], known)}")
+    for name, tensor in state.items():
+        if name in known and tensor.shape != known[name].shape:
             raise StateError(
-                f"the state lacks {len(missing)} of the adapter's {len(self.adapter)} tensors, {missing[0]!r} first; in the "
-                f"state {nearest(missing[0], state)}. Is it a state of another strategy?"
+                f"{name!r} has shape {tuple(known[name].shape)} in this adapter and {tuple(tensor.shape)} in the state"
             )
-        if strict and unexpected:
-            raise StateError(f"the adapter has no {unexpected[0]!r}; {nearest(unexpected[0], known)}")
-        for name, tensor in state.items():
-            if name in known and tensor.shape != known[name].shape:
-                raise StateError(
-                    f"{name!r} has shape {tuple(known[name].shape)} in this adapter and {tuple(tensor.shape)} in the state"
-                )
-        return IncompatibleKeys(missing, unexpected)
+    return IncompatibleKeys(missing, unexpected)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import threading
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .errors import BaseChangedWarning, outside
 from .fused import fused_names, runs_fused
 from .methods import Method
+from .replica import walk
 from .select import Site
 from .structure import Structure
 from .weights import Dense, Slot, Weight
@@ -49,6 +51,8 @@ class FrozenBase:
         self.epoch = 0
         self._derived: dict[tuple[str, Method], dict[str, Tensor]] = {}
         self._fingerprint: dict[str, str] | None = None
+        # What the strategy that was read last makes of this base: its parts, and tensors of their shapes.
+        self.plans: dict[Any, tuple[list[Any], dict[str, nn.Parameter]]] = {}
         self._lock = threading.Lock()
 
     @staticmethod
@@ -58,8 +62,14 @@ class FrozenBase:
         Raises:
             AdaptError: if the model's structure cannot be copied.
         """
-        trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        return FrozenBase(Structure.of(model), trainable)
+        structure, modules = Structure.of(model), walk(model)
+        trainable = set()
+        for name in structure.places:
+            module_name, _, attribute = name.rpartition(".")
+            parameter = modules[module_name]._parameters[attribute]
+            if parameter is not None and parameter.requires_grad:
+                trainable.add(name)
+        return FrozenBase(structure, frozenset(trainable))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.structure.module, self.trainable)
@@ -129,7 +139,29 @@ class FrozenBase:
             return True
         if self.tensors.keys() != other.tensors.keys():
             return False
-        return all(_same_memory(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+        return all(
+            _same_memory(tensor, other.tensors[name])
+            # What the network writes to itself is each base's own copy.
+            or (name in self.structure.written & other.structure.written and self._written_alike(other, name))
+            for name, tensor in self.tensors.items()
+        )
+
+    def _written_alike(self, other: FrozenBase, name: str) -> bool:
+        """Whether an embedding's rows are the same to the norm that looking them up cuts them to."""
+        module = self.structure.places[name][0][0]
+        assert isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        norm, most = module.norm_type, module.max_norm
+        ours, theirs = (torch.renorm(base.tensors[name].detach(), norm, 0, most) for base in (self, other))
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), rtol=1e-4, atol=0.0)
+
+    def learn(self, other: FrozenBase) -> None:
+        """Take over what methods derived from these very tensors through another base that shares them."""
+        self.watch()
+        other.watch()
+        with self._lock:
+            for key, found in dict(other._derived).items():
+                if key[0] not in self.structure.written:
+                    self._derived.setdefault(key, found)
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the base: a hash of its names, shapes and types, and one of its values, buffers included.
@@ -224,7 +256,11 @@ def _sample(tensor: Tensor) -> bytes:
     with torch.no_grad():
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // SAMPLE)].to("cpu").contiguous()
-        return bytes(picked.view(torch.uint8).tolist()) if picked.numel() else b""
+        if not picked.numel():
+            return b""
+        if type(picked) in (Tensor, nn.Parameter):
+            return ctypes.string_at(picked.data_ptr(), picked.numel() * picked.element_size())
+        return bytes(picked.view(torch.uint8).tolist())
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

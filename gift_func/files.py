@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapt import base_of, readapt
 from .adapted import AdaptedModel
-from .base import FrozenBase
+from .base import BaseView, FrozenBase
 from .errors import AdaptError, FileError, StateError
 from .methods import Method
 from .strategy import Strategy
@@ -60,7 +60,7 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(
-    model: nn.Module | FrozenBase,
+    model: nn.Module | FrozenBase | BaseView,
     path: str | os.PathLike[str],
     *,
     check_base: bool = True,
@@ -69,7 +69,8 @@ def load_adapter(
     """Read an adapter file onto a model. Nothing is unpickled, and nothing is imported by a name in the file.
 
     Args:
-        model: the model the adapter was made for; it is not touched. An `AdaptedModel` is loaded upon on top.
+        model: the model the adapter was made for; it is not touched. An `AdaptedModel` is loaded upon on top. For many
+            adapters of one base give a `FrozenBase`, or the `base` of an adapted model: it is copied and looked through once.
         path: a file of `save_adapter`.
         check_base: refuse a file that was made for a base of other names, shapes, types or values.
         strategy: the strategy, for a file whose own could not be written as data.
@@ -82,15 +83,27 @@ def load_adapter(
             not fit its strategy on this model.
         AdaptError: if the strategy does not fit the model.
     """
-    tensors, header = _read(Path(path))
-    rules = _strategy(header, path) if strategy is None else strategy
     base = base_of(model)
-    if check_base:
-        _check_base(header["base"], base.fingerprint(), path)
+    tensors, rules = contents(base, path, check_base=check_base, strategy=strategy)
     try:
         return readapt(base, rules, tensors)
     except StateError as error:
         raise FileError(f"{os.fspath(path)} does not fit its strategy on this model: {error}") from None
+
+
+def contents(
+    base: FrozenBase, path: str | os.PathLike[str], *, check_base: bool = True, strategy: Any = None
+) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of an adapter file, mapped and not copied, and its strategy, or the one that is given.
+
+    Raises:
+        FileError: if the file is missing, damaged or no adapter file, or made for another base.
+    """
+    tensors, header = _read(Path(path))
+    rules = _strategy(header, path) if strategy is None else strategy
+    if check_base:
+        _check_base(header["base"], base.fingerprint(), path)
+    return tensors, rules
 
 
 def _strategy(header: Mapping[str, Any], path: str | os.PathLike[str]) -> Strategy:

@@ -20,6 +20,8 @@ from .weights._torch import is_transformed
 def fused_names(body: Structure, adapted: Collection[str]) -> frozenset[str]:
     """The adapted parameters that a fused kernel would read."""
     layers = [module for module in body.modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
+    if not layers:
+        return frozenset()
     inside = {id(module) for layer in layers for module in layer.modules()}
     return frozenset(name for name in adapted if any(id(module) in inside for module, _ in body.places[name]))
 

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .body import Part
 from .errors import AdaptError
 from .select import Site
 from .strategy import Placement
+
+_FILLS = frozenset([Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_, Tensor.div_, Tensor.mul_])
+
+
+class Unfilled(TorchFunctionMode):
+    """Within it nothing is written to tensors without values: torch takes much longer to do so than to do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class Initial:
@@ -26,7 +40,9 @@ class Initial:
 
     def own(self, placement: Placement) -> dict[str, Tensor]:
         """The tensors of one placement, by the method's names."""
-        return placement.method.init(self.site(placement.site), self.generator)
+        site = self.site(placement.site)
+        with Unfilled() if site.parameter.is_meta else nullcontext():
+            return placement.method.init(site, self.generator)
 
     def common(self, group: Sequence[Placement]) -> dict[str, Tensor]:
         """The tensors that all placements of one rule share."""
@@ -38,8 +54,15 @@ class Shapes(Initial):
 
     def site(self, site: Site) -> Site:
         """The site with a parameter that has a shape and a type only."""
+        if site.parameter.is_meta:
+            return site
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         return replace(site, parameter=bare)
+
+
+def common_name(local: str, before: int) -> str:
+    """The global name of a tensor that one rule's places share, after so many rules with a tensor of that name."""
+    return f"{local}_{before + 1}" if before else local
 
 
 def parts_of(
@@ -67,13 +90,16 @@ def parts_of(
     for placement in placements:
         groups.setdefault(id(placement.rule), []).append(placement)
     names: dict[int, dict[str, str]] = {}
+    used: dict[str, int] = {}
     with torch.no_grad():
         for group in groups.values():
-            shared = initial.common(group)
-            for local, tensor in shared.items():
-                add(local, tensor, trained=False)
+            shared = {}
+            for local, tensor in initial.common(group).items():
+                shared[local] = common_name(local, used.setdefault(local, 0))
+                used[local] += 1
+                add(shared[local], tensor, trained=False)
             for placement in group:
-                names[id(placement)] = {local: local for local in shared}
+                names[id(placement)] = dict(shared)
         for placement in placements:
             for local, tensor in initial.own(placement).items():
                 name = names[id(placement)][local] = placement.full_name(local)

@@ -100,6 +100,15 @@ class Strategy:
             ]
         }
 
+    @property
+    def is_data(self) -> bool:
+        """Whether `to_dict` can write it: no selector is a Python function."""
+        try:
+            self.to_dict()
+        except AdaptError:
+            return False
+        return True
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Strategy:
         """Read back what `to_dict` wrote.

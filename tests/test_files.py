@@ -67,6 +67,44 @@ def test_saving_again_writes_the_same_bytes(x: Tensor, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_many_files_on_one_base_share_nothing_but_the_base(x: Tensor, tmp_path: Path) -> None:
+    model, made = network(), {}
+    for name in ("method", "patterns", "batch norm"):
+        for turn in range(2):
+            path = tmp_path / f"{name} {turn}"
+            made[path] = trained(model, STRATEGIES[name], x * (turn + 1))
+            gf.save_adapter(made[path], path)
+    for base in (gf.FrozenBase.of(model), gf.adapt(model, gf.LoRA(rank=1)).base):
+        loaded = {path: gf.load_adapter(base, path).eval() for path in made}
+        for path, adapted in loaded.items():
+            assert torch.equal(adapted(x), made[path](x)), path.name
+            assert adapted.strategy == made[path].strategy
+        first, second = list(loaded.values())[:2]
+        with torch.no_grad():
+            for parameter in first.parameters():
+                parameter.zero_()
+        first.train()(x)
+        assert torch.equal(second(x), list(made.values())[1](x)), "two adapters share a tensor or a statistic"
+        with safe_open(path, "pt") as file:
+            save_file({"1.weight": file.get_tensor("1.weight")}, tmp_path / "short", file.metadata())
+        with pytest.raises(gf.FileError, match="lacks 1 of the adapter's"):
+            gf.load_adapter(base, tmp_path / "short")
+
+
+def test_a_function_as_selector_is_asked_every_time(x: Tensor, tmp_path: Path) -> None:
+    base, wanted = gf.FrozenBase.of(network()), {"4"}
+
+    def chosen(site: gf.Site) -> bool:
+        return site.module_name in wanted and site.param_name == "weight"
+
+    for name in ("4", "0"):
+        gf.save_adapter(gf.adapt(base, {f"{name}.weight": gf.LoRA(rank=2)}), tmp_path / name)
+        wanted.clear()
+        wanted.add(name)
+        loaded = gf.load_adapter(base, tmp_path / name, strategy=gf.Strategy([(chosen, gf.LoRA(rank=2))]))
+        assert list(loaded.adapter) == [f"{name}.lora_B", f"{name}.lora_A"]
+
+
 def test_an_adapter_on_top_is_loaded_on_top(x: Tensor, tmp_path: Path) -> None:
     first = trained(network(), STRATEGIES["method"], x)
     second = trained(first, gf.LoRA(rank=1, init="random"), x)

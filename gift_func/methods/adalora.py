@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, Self
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Triple, Weight
-from .lora import Layout, OnMatrices, check_dropout, check_rank, layout_of, matrix_of, rank_axes, refuses_dropout
-from .method import FrozenMap
+from .lora import Layout, OnMatrices, check_dropout, layout_of, matrix_of, rank_axes, refuses_dropout
+from .method import FrozenMap, check_choice, check_whole, option, settings, settled
 
 State = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class AdaLoRA(OnMatrices):
     """`W' = W + s·P·diag(λ)·Q` with `s = alpha / rank`: every rank is a triplet that can be switched off by its λ.
 
@@ -55,32 +55,19 @@ class AdaLoRA(OnMatrices):
     """
 
     rank: int = 12
+    _: KW_ONLY
     alpha: float | None = None
     dropout: float = 0.0
-    initialization: Literal["normal", "random"] = field(default="normal", metadata={"argument": "init"})
-    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
-    alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
+    initialization: Literal["normal", "random"] = option(default="normal", alias="init")
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    layout: Layout = settled(default="matrix")
 
-    def __init__(
-        self,
-        rank: int = 12,
-        *,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        init: Literal["normal", "random"] = "normal",
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank("AdaLoRA", rank, rank_pattern)
-        check_dropout(dropout)
-        if init not in ("normal", "random"):
-            raise AdaptError(f"init is one of normal, random, got init={init!r}")
-        values = (rank, alpha, dropout, init, FrozenMap(rank_pattern), FrozenMap(alpha_pattern), dtype, "matrix")
-        for name, value in zip(self.__dataclass_fields__, values, strict=True):
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        check_whole(self, "rank")
+        check_dropout(self.dropout)
+        check_choice("init", self.initialization, ("normal", "random"))
 
     @property
     def scale(self) -> float:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, field
 from math import sqrt
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import Circulant, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import FrozenMap
+from .method import FrozenMap, check_choice, check_whole, option, settings, settled
 
 Init = Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"]
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class C3A(MatrixMethod):
     """`W' = W + C / in`, where every b×b block of C is circulant: `C[i, j] = kernel[(j - i) mod b]`.
 
@@ -46,28 +45,14 @@ class C3A(MatrixMethod):
     """
 
     block_size: int = 256
-    # Named so because `init` is the method's function; the constructor's argument is `init`.
-    initialization: Init = field(default="xavier_uniform", metadata={"argument": "init"})
-    block_size_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
-    view: View = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    _: KW_ONLY
+    initialization: Init = option(default="xavier_uniform", alias="init")
+    block_size_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    view: View = settled(default="matrix")
 
-    def __init__(
-        self,
-        block_size: int = 256,
-        *,
-        init: Init = "xavier_uniform",
-        block_size_pattern: Mapping[str, int] | None = None,
-    ) -> None:
-        for pattern, value in [("", block_size), *(block_size_pattern or {}).items()]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                place = f" (block_size_pattern {pattern!r})" if pattern else ""
-                raise AdaptError(f"C3A needs a whole block_size of at least 1, got block_size={value!r}{place}")
-        if init not in get_args(Init):
-            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
-        object.__setattr__(self, "block_size", block_size)
-        object.__setattr__(self, "initialization", init)
-        object.__setattr__(self, "block_size_pattern", FrozenMap(block_size_pattern))
-        object.__setattr__(self, "view", "matrix")
+    def __post_init__(self) -> None:
+        check_whole(self, "block_size")
+        check_choice("init", self.initialization, get_args(Init))
 
     @property
     def starts_as_base(self) -> bool:

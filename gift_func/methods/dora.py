@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import KW_ONLY
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..select import Site
 from ..weights import Dense, Magnitude, Weight
 from .lora import LoRA
+from .method import settings, settled
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class DoRA(LoRA):
     """`W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖`: LoRA for the direction of each row, a trained m for its length.
 
@@ -48,13 +49,9 @@ class DoRA(LoRA):
         Liu et al., DoRA, 2024 (arXiv:2402.09353). An Embedding's norms go over the vocabulary, as in PEFT.
     """
 
+    _: KW_ONLY
     detach_norm: bool = True
-    by_column: bool = field(default=False, repr=False, compare=False, metadata={"settled": True})
-
-    def __init__(self, rank: int = 8, *, detach_norm: bool = True, **options: Any) -> None:
-        super().__init__(rank, **options)
-        object.__setattr__(self, "detach_norm", detach_norm)
-        object.__setattr__(self, "by_column", False)
+    by_column: bool = settled(default=False)
 
     def at(self, site: Site) -> Self:
         made = super().at(site)

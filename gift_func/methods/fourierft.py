@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import Fourier, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import FrozenMap
+from .method import FrozenMap, check_choice, check_whole, option, settings, settled
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class FourierFT(MatrixMethod):
     """`W' = W + scaling·Re(F⁻¹(S))`: S is zero but at n random places, where it is trained.
 
@@ -49,34 +48,16 @@ class FourierFT(MatrixMethod):
     frozen: ClassVar[frozenset[str]] = frozenset({"fourierft_indices"})
 
     n_frequency: int = 1000
+    _: KW_ONLY
     scaling: float = 150.0
     random_loc_seed: int | None = 777
-    # Named so because `init` is the method's function; the constructor's argument is `init`.
-    initialization: Literal["normal", "zeros"] = field(default="normal", metadata={"argument": "init"})
-    n_frequency_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
-    view: View = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    initialization: Literal["normal", "zeros"] = option(default="normal", alias="init")
+    n_frequency_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    view: View = settled(default="matrix")
 
-    def __init__(
-        self,
-        n_frequency: int = 1000,
-        *,
-        scaling: float = 150.0,
-        random_loc_seed: int | None = 777,
-        init: Literal["normal", "zeros"] = "normal",
-        n_frequency_pattern: Mapping[str, int] | None = None,
-    ) -> None:
-        for pattern, value in [("", n_frequency), *(n_frequency_pattern or {}).items()]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                place = f" (n_frequency_pattern {pattern!r})" if pattern else ""
-                raise AdaptError(f"FourierFT needs a whole n_frequency of at least 1, got n_frequency={value!r}{place}")
-        if init not in ("normal", "zeros"):
-            raise AdaptError(f"init is one of normal, zeros, got init={init!r}")
-        object.__setattr__(self, "n_frequency", n_frequency)
-        object.__setattr__(self, "scaling", scaling)
-        object.__setattr__(self, "random_loc_seed", random_loc_seed)
-        object.__setattr__(self, "initialization", init)
-        object.__setattr__(self, "n_frequency_pattern", FrozenMap(n_frequency_pattern))
-        object.__setattr__(self, "view", "matrix")
+    def __post_init__(self) -> None:
+        check_whole(self, "n_frequency")
+        check_choice("init", self.initialization, ("normal", "zeros"))
 
     @property
     def starts_as_base(self) -> bool:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, field
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import LowRank, OnBase, Weight
 from ..weights.value import Convolution
-from .lora import Layout, LoRA, OnMatrices, check_dropout, check_rank, layout_of, rank_axes, refuses_dropout
-from .method import FrozenMap
+from .lora import Layout, LoRA, OnMatrices, check_dropout, factors_of, layout_of, rank_axes, refuses_dropout
+from .method import FrozenMap, check_choice, check_whole, option, settings, settled
 
 
 class Modulated(OnBase):
@@ -51,6 +50,14 @@ class Modulated(OnBase):
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         return pick(self.eval().dense())  # indices are no features, so there is nothing for dropout to drop
 
+    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        v = self.base
+        if v.ndim != 2 or v.left.shape[0] != v.shape[0]:
+            return super().choose(pick, padding)
+        rows = v.base.choose(pick, padding)
+        change = (rows * (pick(v.left) @ v.right)).to(rows.dtype)
+        return rows + (change if padding is None else torch.where(padding.unsqueeze(-1), change.detach(), change))
+
     @property
     def mT(self) -> Weight:  # noqa: N802
         turned = self.base.mT
@@ -64,7 +71,7 @@ class Modulated(OnBase):
         return Modulated(self.base.eval())
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class HiRA(OnMatrices):
     """`W' = W ⊙ (1 + B·A)`: each element of W changes in proportion to itself, by factors of low rank.
 
@@ -95,28 +102,17 @@ class HiRA(OnMatrices):
     """
 
     rank: int = 32
+    _: KW_ONLY
     dropout: float = 0.0
-    initialization: Literal["kaiming", "gaussian", "random"] = field(default="kaiming", metadata={"argument": "init"})
-    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
+    initialization: Literal["kaiming", "gaussian", "random"] = option(default="kaiming", alias="init")
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    layout: Layout = settled(default="matrix")
 
-    def __init__(
-        self,
-        rank: int = 32,
-        *,
-        dropout: float = 0.0,
-        init: Literal["kaiming", "gaussian", "random"] = "kaiming",
-        rank_pattern: Mapping[str, int] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank("HiRA", rank, rank_pattern)
-        check_dropout(dropout)
-        if init not in ("kaiming", "gaussian", "random"):
-            raise AdaptError(f"init is one of kaiming, gaussian, random, got init={init!r}")
-        values = (rank, dropout, init, FrozenMap(rank_pattern), dtype, "matrix")
-        for name, value in zip(self.__dataclass_fields__, values, strict=True):
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        check_whole(self, "rank")
+        check_dropout(self.dropout)
+        check_choice("init", self.initialization, ("kaiming", "gaussian", "random"))
 
     @property
     def starts_as_base(self) -> bool:
@@ -133,8 +129,8 @@ class HiRA(OnMatrices):
         return {name.replace("lora", "hira"): tensor for name, tensor in made.items()}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        named = {name.replace("hira", "lora"): tensor for name, tensor in tensors.items()}
-        return Modulated(self._lora().weight(base, named))
+        left, right = factors_of(tensors["hira_B"], tensors["hira_A"], self.layout)
+        return Modulated(LowRank(base, left, right, dropout=self.dropout))
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         kernel = self.layout == "kernel"

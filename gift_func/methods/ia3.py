@@ -103,4 +103,5 @@ class ScaledBias(Method):
         return {}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        return Scaled(base, tensors["ia3_l"].reshape(base.shape), "output")
+        factor = tensors["ia3_l"]
+        return Scaled(base, factor.reshape(base.shape), "output", source=factor)

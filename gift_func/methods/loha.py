@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, field
 from math import prod
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import LowRank, OnBase, Weight
 from ..weights.value import add_scaled
-from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, rank_axes, uniform
-from .method import FrozenMap
+from .lora import Layout, OnMatrices, OutputDropout, check_dropout, layout_of, matrix_of, rank_axes, uniform
+from .method import FrozenMap, check_choice, check_whole, option, settings, settled
 
 Init = Literal["kaiming", "normal", "random"]
+NO_DROPOUT = OutputDropout()
 
 
 class Hadamard(OnBase):
@@ -29,12 +30,20 @@ class Hadamard(OnBase):
         cores: Tucker cores `(r, r, k...)`, with A `(rows, r)` and B `(r, channels)` on their first two sides; None without.
         scale: s.
         transposed: whether W is stored `(columns, rows)`.
+        dropout: of rows.
     """
 
     def __init__(
-        self, base: Weight, factors: Mapping[str, Tensor], cores: Mapping[str, Tensor], scale: float, transposed: bool
+        self,
+        base: Weight,
+        factors: Mapping[str, Tensor],
+        cores: Mapping[str, Tensor],
+        scale: float,
+        transposed: bool,
+        dropout: OutputDropout = NO_DROPOUT,
     ) -> None:
         self.base = base
+        self.dropout = dropout
         self.a1, self.b1 = factors["w1_a"], factors["w1_b"]
         self.a2, self.b2 = factors["w2_a"], factors["w2_b"]
         self.t1, self.t2 = cores.get("t1"), cores.get("t2")
@@ -44,6 +53,9 @@ class Hadamard(OnBase):
     def dense(self) -> Tensor:
         first = _product(self.a1 * self.scale, self.b1, self.t1)
         change = first * _product(self.a2, self.b2, self.t2)
+        if self.dropout:
+            lead = change.shape[: self.a1.ndim - 1]
+            change = change * self.dropout.factor(change, *lead).reshape(*lead, *[1] * (change.ndim - len(lead)))
         change = change.mT if self.transposed else change.reshape(self.base.shape)
         return add_scaled(self.base.dense(), change, 1.0)
 
@@ -53,14 +65,32 @@ class Hadamard(OnBase):
         tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
         # The product of rows a ⊙ b of two factors of rank r is a factor of rank r²: for few tokens the cheaper way.
         few = (tokens + 1) * rank * (rows + columns) < 2 * rows * columns
-        if not few or self.t1 is not None or self.base.shape != torch.Size([rows, columns]):
+        if not few or self.dropout or self.t1 is not None or self.base.shape != torch.Size([rows, columns]):
             return super().linear(x, bias)
         left = (self.a1.unsqueeze(-1) * self.a2.unsqueeze(-2)).flatten(-2)
         right = (self.b1.unsqueeze(-2) * self.b2.unsqueeze(-3)).flatten(-3, -2)
         return LowRank(self.base, left, right, self.scale).linear(x, bias)
 
+    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        if (
+            self.dropout
+            or self.t1 is not None
+            or self.transposed
+            or self.base.shape != torch.Size([self.a1.shape[-2], self.b1.shape[-1]])
+        ):
+            return super().choose(pick, padding)
+        change = (pick(self.a1) @ self.b1) * (pick(self.a2) @ self.b2)
+        if padding is not None:
+            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
+        return add_scaled(self.base.choose(pick, padding), change, self.scale)
 
-@dataclass(frozen=True, init=False)
+    def eval(self) -> Weight:
+        made = copy.copy(self)
+        made.base, made.dropout = self.base.eval(), NO_DROPOUT
+        return made
+
+
+@settings
 class LoHa(OnMatrices):
     """`W' = W + s·(A₁·B₁) ⊙ (A₂·B₂)` with `s = alpha / rank`: a Hadamard product of two low-rank changes.
 
@@ -80,13 +110,15 @@ class LoHa(OnMatrices):
         alpha: the numerator of s; None means alpha = rank, hence s = 1.
         use_effective_conv2d: give a kernel wider than one element a Tucker form: each factor is a core that A and B
             multiply on its two sides of channels.
+        rank_dropout: probability of leaving the change of an output out, in training; the others are scaled up by as much.
+        module_dropout: probability of leaving out the whole change of a place, in training.
         init: `"kaiming"` (uniform in ±1/sqrt(fan in)) and `"normal"` (LyCORIS's) start as the base; `"random"` does not.
         rank_pattern: rank by module name, as in `LoRA`.
         alpha_pattern: the same for alpha.
         dtype: element type of the tensors; None means that of the parameter.
 
     Raises:
-        AdaptError: for a rank below 1 or an unknown init.
+        AdaptError: for a rank below 1, a dropout outside [0, 1), or an unknown init.
 
     Example:
         >>> import torch, gift_func as gf
@@ -100,31 +132,22 @@ class LoHa(OnMatrices):
     """
 
     rank: int = 8
+    _: KW_ONLY
     alpha: float | None = None
     use_effective_conv2d: bool = False
-    initialization: Init = field(default="kaiming", metadata={"argument": "init"})
-    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
-    alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    initialization: Init = option(default="kaiming", alias="init")
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    layout: Layout = settled(default="matrix")
 
-    def __init__(
-        self,
-        rank: int = 8,
-        *,
-        alpha: float | None = None,
-        use_effective_conv2d: bool = False,
-        init: Init = "kaiming",
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank("LoHa", rank, rank_pattern)
-        if init not in get_args(Init):
-            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
-        values = (rank, alpha, use_effective_conv2d, init, FrozenMap(rank_pattern), FrozenMap(alpha_pattern), dtype, "matrix")
-        for name, value in zip(self.__dataclass_fields__, values, strict=True):
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        check_whole(self, "rank")
+        check_dropout(self.rank_dropout, "rank_dropout")
+        check_dropout(self.module_dropout, "module_dropout")
+        check_choice("init", self.initialization, get_args(Init))
 
     @property
     def scale(self) -> float:
@@ -162,7 +185,8 @@ class LoHa(OnMatrices):
         tensors = {name.removeprefix("hada_"): tensor for name, tensor in tensors.items()}
         if "t1" in tensors:
             tensors |= {"w1_a": tensors["w1_a"].mT, "w2_a": tensors["w2_a"].mT}
-        return Hadamard(base, tensors, tensors, self.scale, self.layout == "transposed")
+        dropout = OutputDropout(self.rank_dropout, rescale=True, whole=self.module_dropout)
+        return Hadamard(base, tensors, tensors, self.scale, self.layout == "transposed", dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         hada = {name: t for name, t in tensors.items() if name.startswith("hada_")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, field
 from math import isqrt, prod
 from typing import Literal, Self, get_args
 
@@ -14,10 +15,11 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import OnBase, Weight
 from ..weights.value import add_scaled, autocasts, dense_linear
-from .lora import Layout, OnMatrices, check_rank, layout_of, matrix_of, rank_axes, uniform
-from .method import FrozenMap
+from .lora import Layout, OnMatrices, OutputDropout, check_dropout, layout_of, matrix_of, rank_axes, uniform
+from .method import FrozenMap, check_choice, check_whole, option, settings, settled
 
 Init = Literal["kaiming", "lycoris", "random"]
+NO_DROPOUT = OutputDropout()
 
 
 class Kronecker(OnBase):
@@ -28,10 +30,19 @@ class Kronecker(OnBase):
         tensors: C as lokr_w1 or its factors, D as lokr_w2, its factors, or a Tucker core between them.
         scale: s.
         transposed: whether W holds the transpose of the product.
+        dropout: of the product's rows.
     """
 
-    def __init__(self, base: Weight, tensors: Mapping[str, Tensor], scale: float, transposed: bool) -> None:
+    def __init__(
+        self,
+        base: Weight,
+        tensors: Mapping[str, Tensor],
+        scale: float,
+        transposed: bool,
+        dropout: OutputDropout = NO_DROPOUT,
+    ) -> None:
         self.base = base
+        self.dropout = dropout
         self.w1, self.w1_a, self.w1_b = (tensors.get(f"lokr_w1{part}") for part in ("", "_a", "_b"))
         self.w2, self.w2_a, self.w2_b = (tensors.get(f"lokr_w2{part}") for part in ("", "_a", "_b"))
         self.t2 = tensors.get("lokr_t2")
@@ -47,8 +58,13 @@ class Kronecker(OnBase):
 
     def dense(self) -> Tensor:
         left, right = self._pair()
-        change = left[..., :, None, :, None] * right[..., None, :, None, :]
-        return add_scaled(self.base.dense(), change.reshape(self.base.shape), 1.0)
+        change = (left[..., :, None, :, None] * right[..., None, :, None, :]).reshape(self.base.shape)
+        if self.dropout:
+            output = -1 if self.transposed else left.ndim - 2
+            rows = self.dropout.factor(change, *left.shape[:-2], self.base.shape[output])
+            rows = rows.unsqueeze(-2) if self.transposed else rows.reshape(*rows.shape, *[1] * (change.ndim - rows.ndim))
+            change = change * rows
+        return add_scaled(self.base.dense(), change, 1.0)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         left, right = self._pair()
@@ -56,22 +72,38 @@ class Kronecker(OnBase):
         tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
         # Through the factors: tokens·b·c·(a + d) products. Through the matrix: to form it, and its gradient in backward.
         through = tokens * b * c * (a + d) < (2 + tokens / 2) * a * b * c * d
-        if not through or self.base.shape != torch.Size([a * b, c * d]):
+        if not through or self.dropout or self.base.shape != torch.Size([a * b, c * d]):
             return super().linear(x, bias)
         thin = x if autocasts(x) else x.to(left.dtype)
         inner = dense_linear(thin.unflatten(-1, (c, d)), right, None)
         change = dense_linear(inner.mT, left, None).mT.flatten(-2)
         return add_scaled(self.base.linear(x, bias), change, 1.0)
 
+    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        left, right = self._pair()
+        b = right.shape[-2]
+        if self.dropout or self.ndim != 2 or self.shape != torch.Size([left.shape[-2] * b, left.shape[-1] * right.shape[-1]]):
+            return super().choose(pick, padding)
+        row = pick(torch.arange(self.shape[0], device=left.device).unsqueeze(-1)).squeeze(-1)
+        change = (left[row // b].unsqueeze(-1) * right[row % b].unsqueeze(-2)).flatten(-2)
+        if padding is not None:
+            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
+        return add_scaled(self.base.choose(pick, padding), change, 1.0)
+
     @property
     def mT(self) -> Weight:  # noqa: N802
         if self._pair()[0].ndim != self.base.ndim:  # a kernel
             return super().mT
         tensors = {f"lokr_{name}": t for name, t in self.__dict__.items() if isinstance(t, Tensor)}
-        return Kronecker(self.base.mT, tensors, self.scale, not self.transposed)
+        return Kronecker(self.base.mT, tensors, self.scale, not self.transposed, self.dropout)
+
+    def eval(self) -> Weight:
+        made = copy.copy(self)
+        made.base, made.dropout = self.base.eval(), NO_DROPOUT
+        return made
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class LoKr(OnMatrices):
     """`W' = W + s·(C ⊗ D)` with `s = alpha / rank`: a change made of copies of one small matrix, each scaled.
 
@@ -98,13 +130,16 @@ class LoKr(OnMatrices):
         decompose_factor: a and c are this where it divides, else the largest divisor up to it and to the square root;
             -1 for no limit but the root.
         use_effective_conv2d: give D the Tucker form for kernels wider than one element.
+        rank_dropout: probability of leaving the change of an output out, in training.
+        rank_dropout_scale: scale the outputs that stay up by as much.
+        module_dropout: probability of leaving out the whole change of a place, in training.
         init: `"kaiming"` (C zero) and `"lycoris"` (D zero) start as the base; `"random"` does not.
         rank_pattern: rank by module name, as in `LoRA`.
         alpha_pattern: the same for alpha.
         dtype: element type of the tensors; None means that of the parameter.
 
     Raises:
-        AdaptError: for a rank below 1, a factor that is neither -1 nor at least 1, an unknown init.
+        AdaptError: for a rank below 1, a dropout outside [0, 1), a factor that is neither -1 nor at least 1, an unknown init.
 
     Example:
         >>> import torch, gift_func as gf
@@ -118,40 +153,27 @@ class LoKr(OnMatrices):
     """
 
     rank: int = 8
+    _: KW_ONLY
     alpha: float | None = None
     decompose_both: bool = False
     decompose_factor: int = -1
     use_effective_conv2d: bool = False
-    initialization: Init = field(default="kaiming", metadata={"argument": "init"})
-    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
-    alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
+    rank_dropout: float = 0.0
+    rank_dropout_scale: bool = False
+    module_dropout: float = 0.0
+    initialization: Init = option(default="kaiming", alias="init")
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    layout: Layout = settled(default="matrix")
 
-    def __init__(
-        self,
-        rank: int = 8,
-        *,
-        alpha: float | None = None,
-        decompose_both: bool = False,
-        decompose_factor: int = -1,
-        use_effective_conv2d: bool = False,
-        init: Init = "kaiming",
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank("LoKr", rank, rank_pattern)
-        if decompose_factor != -1 and decompose_factor < 1:
-            raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={decompose_factor!r}")
-        if init not in get_args(Init):
-            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, got init={init!r}")
-        patterns = FrozenMap(rank_pattern), FrozenMap(alpha_pattern)
-        options = decompose_both, decompose_factor, use_effective_conv2d
-        for name, value in zip(
-            self.__dataclass_fields__, (rank, alpha, *options, init, *patterns, dtype, "matrix"), strict=True
-        ):
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        check_whole(self, "rank")
+        check_dropout(self.rank_dropout, "rank_dropout")
+        check_dropout(self.module_dropout, "module_dropout")
+        if self.decompose_factor != -1 and self.decompose_factor < 1:
+            raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
+        check_choice("init", self.initialization, get_args(Init))
 
     @property
     def scale(self) -> float:
@@ -188,7 +210,8 @@ class LoKr(OnMatrices):
         return made
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        return Kronecker(base, tensors, self.scale, self.layout == "transposed")
+        dropout = OutputDropout(self.rank_dropout, self.rank_dropout_scale, self.module_dropout)
+        return Kronecker(base, tensors, self.scale, self.layout == "transposed", dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         factors = {name: t for name, t in tensors.items() if name.endswith(("_a", "_b"))}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import prod, sqrt
 from typing import ClassVar, Literal, Self, TypeVar, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import LowRank, Residual, Weight
 from .full import Full
-from .method import FrozenMap, Method, is_a, is_computed
+from .method import FrozenMap, Method, check_choice, check_whole, is_a, is_computed, option, settings, settled
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora"]
 Conv = Literal["kernel", "balanced"]
@@ -47,7 +48,7 @@ class OnMatrices(Method):
         return "weight" if layer and is_computed(module, "weight") else None
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class LoRA(OnMatrices):
     """`W' = W + s·B·A` with `s = alpha / rank`: a change of low rank beside the frozen weight.
 
@@ -105,56 +106,27 @@ class LoRA(OnMatrices):
     frozen: ClassVar[frozenset[str]] = frozenset({"lora_A0", "lora_B0"})
 
     rank: int = 8
+    _: KW_ONLY
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
-    # Named so because `init` is the method's function; the constructor's argument is `init`.
-    initialization: str = field(default="kaiming", metadata={"argument": "init"})
+    initialization: str = option(default="kaiming", alias="init")
     train_bias: bool = False
-    rank_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
-    alpha_pattern: FrozenMap[float] = field(default_factory=FrozenMap)
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
+    alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     conv: Conv = "kernel"
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    layout: Layout = settled(default="matrix")
 
-    def __init__(
-        self,
-        rank: int = 8,
-        *,
-        alpha: float | None = None,
-        rslora: bool = False,
-        dropout: float = 0.0,
-        init: Init | str = "kaiming",
-        train_bias: bool = False,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        conv: Conv = "kernel",
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank(type(self).__name__, rank, rank_pattern)
-        for value in (rank, *(rank_pattern or {}).values()):
-            if init == "orthogonal" and value % 2:
+    def __post_init__(self) -> None:
+        check_whole(self, "rank")
+        for value in (self.rank, *self.rank_pattern.values()):
+            if self.initialization == "orthogonal" and value % 2:
                 raise AdaptError(f"init='orthogonal' splits the rank in two halves and needs an even one, got rank={value}")
-        check_dropout(dropout)
-        if init not in get_args(Init) and not re.fullmatch(r"pissa_niter_\d+", str(init)):
-            raise AdaptError(f"init is one of {', '.join(get_args(Init))}, pissa_niter_<iterations>, got init={init!r}")
-        if conv not in get_args(Conv):
-            raise AdaptError(f"conv is one of {', '.join(get_args(Conv))}, got conv={conv!r}")
-        fields: dict[str, object] = {
-            "rank": rank,
-            "alpha": alpha,
-            "rslora": rslora,
-            "dropout": dropout,
-            "initialization": init,
-            "train_bias": train_bias,
-            "rank_pattern": FrozenMap(rank_pattern),
-            "alpha_pattern": FrozenMap(alpha_pattern),
-            "conv": conv,
-            "dtype": dtype,
-            "layout": "matrix",
-        }
-        for name, field_value in fields.items():
-            object.__setattr__(self, name, field_value)
+        check_dropout(self.dropout)
+        if not re.fullmatch(r"pissa_niter_\d+", str(self.initialization)):
+            check_choice("init", self.initialization, (*get_args(Init), "pissa_niter_<iterations>"))
+        check_choice("conv", self.conv, get_args(Conv))
 
     @property
     def scale(self) -> float:
@@ -210,10 +182,10 @@ class LoRA(OnMatrices):
         return tensors
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        left, right = self._factors(tensors["lora_B"], tensors["lora_A"])
+        left, right = factors_of(tensors["lora_B"], tensors["lora_A"], self.layout)
         if "lora_A0" not in tensors:
             return LowRank(base, left, right, self.scale, self.dropout)
-        start = self._factors(tensors["lora_B0"], tensors["lora_A0"])
+        start = factors_of(tensors["lora_B0"], tensors["lora_A0"], self.layout)
         return Residual(base, (left, right), start, self.scale, self.dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -226,17 +198,6 @@ class LoRA(OnMatrices):
 
     def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         return {name: self.scale for name in tensors if name.startswith("lora_B")}
-
-    def _factors(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """The adapter's tensors as left and right factor of the weight as it is stored."""
-        if self.layout == "transposed":
-            return a.mT, b.mT
-        if self.layout == "kernel":
-            groups = a.shape[0] // b.shape[1]
-            a, b = a.flatten(1), b.flatten(1)
-            if groups > 1:  # PEFT's grouped convolutions: every group has its own share of the rank
-                return rearrange(b, "(g o) r -> g o r", g=groups), rearrange(a, "(g r) c -> g r c", g=groups)
-        return b, a
 
     def _parts_of(self, matrix: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A₀ and B₀: the part of W that a residual initialisation starts at, of at most `rank` directions."""
@@ -257,18 +218,35 @@ class LoRA(OnMatrices):
         return root.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
 
 
-def check_rank(method: str, rank: object, rank_pattern: Mapping[str, object] | None) -> None:
-    """Refuse a rank that is not a whole number of at least 1."""
-    for pattern, value in [("", rank), *(rank_pattern or {}).items()]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            place = f" (rank_pattern {pattern!r})" if pattern else ""
-            raise AdaptError(f"{method} needs a whole rank of at least 1, got rank={value!r}{place}")
-
-
-def check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Refuse a dropout that is no probability."""
     if not 0.0 <= dropout < 1.0:
-        raise AdaptError(f"dropout is a probability in [0, 1), got dropout={dropout!r}")
+        raise AdaptError(f"{name} is a probability in [0, 1), got {name}={dropout!r}")
+
+
+@dataclass(frozen=True)
+class OutputDropout:
+    """Dropout of a change's outputs, and of the whole of it, as LyCORIS and PEFT have it.
+
+    Attributes:
+        rows: probability of leaving the change of an output out.
+        rescale: divide those that stay by their share.
+        whole: probability of leaving all of it out.
+    """
+
+    rows: float = 0.0
+    rescale: bool = False
+    whole: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.whole)
+
+    def factor(self, like: Tensor, *shape: int) -> Tensor:
+        """What the outputs' changes are multiplied by, drawn anew."""
+        kept = (F.dropout(like.new_ones(shape), self.rows) > 0).to(like.dtype)
+        if self.rescale:
+            kept = kept / kept.mean(-1, keepdim=True).clamp(min=1 / shape[-1])
+        return kept * (F.dropout(like.new_ones(1), self.whole) > 0)
 
 
 def refuses_dropout(dropout: float, site: Site) -> str | None:
@@ -301,6 +279,18 @@ def matrix_of(shape: torch.Size, layout: Layout) -> tuple[list[int], int, int]:
         return [], *balanced(shape)
     *lead, rows, columns = shape
     return (lead, columns, rows) if layout == "transposed" else (lead, rows, columns)
+
+
+def factors_of(b: Tensor, a: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """LoRA's tensors as left and right factor of the weight as it is stored."""
+    if layout == "transposed":
+        return a.mT, b.mT
+    if layout == "kernel":
+        groups = a.shape[0] // b.shape[1]
+        a, b = a.flatten(1), b.flatten(1)
+        if groups > 1:  # PEFT's grouped convolutions: every group has its own share of the rank
+            return rearrange(b, "(g o) r -> g o r", g=groups), rearrange(a, "(g r) c -> g r c", g=groups)
+    return b, a
 
 
 def rank_axes(factor: Tensor, *, left: bool, kernel: bool = False) -> tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
-from functools import cache
-from typing import Any, ClassVar, Self, TypeVar, cast
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache, wraps
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..errors import AdaptError, nearest
 from ..select import Site, qualified
 from ..weights import Weight
 
+Kind = TypeVar("Kind", bound="Method")
 Value = TypeVar("Value")
 
 
@@ -26,7 +28,7 @@ class Method(ABC):
     A subclass defines `init` and `weight`; everything else has a default.
 
     A field with metadata `settled` is set by `at` and is not written as data; one with metadata `argument` goes by that
-    name in the constructor.
+    name in the constructor, as `option` and `settings` arrange it.
 
     Attributes:
         frozen: names of the tensors of `init` that are kept and saved but not trained.
@@ -123,13 +125,13 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data (JSON): the constructor's arguments, without those at their default."""
         data: dict[str, Any] = {"method": type(self).__name__}
-        for field in fields(cast(Any, self)):
-            if field.metadata.get("settled"):
+        for item in fields(cast(Any, self)):
+            if item.metadata.get("settled"):
                 continue
-            value = getattr(self, field.name)
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            value = getattr(self, item.name)
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
             if value != default:
-                data[field.metadata.get("argument", field.name)] = _plain(value)
+                data[item.metadata.get("argument", item.name)] = _plain(value)
         return data
 
     @staticmethod
@@ -144,7 +146,8 @@ class Method(ABC):
         if name not in known:
             raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
         kind = known[name]
-        allowed = [field.metadata.get("argument", field.name) for field in fields(cast(Any, kind))]
+        every = [item for item in fields(cast(Any, kind)) if not item.metadata.get("settled")]
+        allowed = [item.metadata.get("argument", item.name) for item in every]
         values = {key: value for key, value in data.items() if key != "method"}
         unknown = sorted(values.keys() - set(allowed))
         if unknown:
@@ -172,6 +175,41 @@ class Method(ABC):
         return made
 
 
+def option(*, default: Any, alias: str) -> Any:
+    """A field that goes by another name in the constructor: `init`, say, which is the name of the method's function."""
+    return field(default=default, metadata={"argument": alias})
+
+
+def settled(*, default: Any, init: Literal[False] = False) -> Any:
+    """A field that `Method.at` sets, and no one else."""
+    return field(default=default, init=init, repr=False, compare=False, metadata={"settled": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field, option, settled))
+def settings(kind: type[Kind]) -> type[Kind]:
+    """`dataclass(frozen=True)` for a method with fields made by `option`, or with patterns, which it keeps as `FrozenMap`."""
+    made = dataclass(frozen=True)(kind)
+    every = fields(made)  # type: ignore[arg-type]  # the class is one now, which its type does not say
+    names = {item.metadata.get("argument", item.name): item.name for item in every if item.init}
+    arguments = {name: argument for argument, name in names.items()}
+    plain = made.__init__
+
+    @wraps(plain)
+    def construct(self: Any, *values: Any, **options: Any) -> None:
+        given = {}
+        for name, value in options.items():
+            if name not in names and name not in arguments:  # by which `dataclasses.replace` calls fields
+                raise TypeError(f"{kind.__name__} has no option {name!r}; {nearest(name, names)}")
+            given[names.get(name, name)] = FrozenMap(value) if name.endswith("_pattern") else value
+        plain(self, *values, **given)
+
+    signature = inspect.signature(plain)
+    shown = [item.replace(name=arguments.get(name, name)) for name, item in signature.parameters.items()]
+    construct.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]  # inspect looks for it
+    made.__init__ = construct  # type: ignore[method-assign]
+    return made
+
+
 class FrozenMap(Mapping[str, Value]):
     """A mapping that compares, hashes and pickles, for the fields of frozen dataclasses."""
 
@@ -197,6 +235,20 @@ class FrozenMap(Mapping[str, Value]):
         return repr(self._items)
 
 
+def check_whole(method: Method, name: str) -> None:
+    """Refuse an option, and what its pattern gives, that is not a whole number of at least 1."""
+    for pattern, value in [("", getattr(method, name)), *getattr(method, f"{name}_pattern", {}).items()]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            place = f" ({name}_pattern {pattern!r})" if pattern else ""
+            raise AdaptError(f"{type(method).__name__} needs a whole {name} of at least 1, got {name}={value!r}{place}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse an option that is none of these."""
+    if value not in choices:
+        raise AdaptError(f"{name} is one of {', '.join(map(str, choices))}, got {name}={value!r}")
+
+
 def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:
     """The value of the first key whose regular expression matches the module's name or its end after a dot."""
     for pattern, value in patterns.items():
@@ -220,7 +272,7 @@ def is_computed(module: nn.Module, param_name: str) -> bool:
 
 @cache
 def _patterns(kind: Any) -> list[str]:
-    return [field.name for field in fields(kind) if field.name.endswith("_pattern")]
+    return [item.name for item in fields(kind) if item.name.endswith("_pattern")]
 
 
 def _subclasses(kind: Any = Method) -> Iterator[type[Method]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from ..select import Site
 from ..weights import Mixing, Weight
 from .lora import CONVOLUTIONS, LoRA
+from .method import settings
 
 
-@dataclass(frozen=True, init=False)
+@settings
 class MixingLoRA(LoRA):
     """`y = W ∗ x + s·B ∗ (A ∗ x)` beside a grouped W, with A over all channels of x and B grouped.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..select import Site
 from ..weights import Triple, Weight
-from .lora import Layout, OnMatrices, check_dropout, check_rank, layout_of, matrix_of, refuses_dropout
+from .lora import Layout, OnMatrices, check_dropout, layout_of, matrix_of, refuses_dropout
+from .method import check_whole
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class VeRA(OnMatrices):
     layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
 
     def __post_init__(self) -> None:
-        check_rank("VeRA", self.rank, None)
+        check_whole(self, "rank")
         check_dropout(self.dropout)
 
     def refuses(self, site: Site) -> str | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import GeneratorType
+from typing import Any
 
 import torch
 
@@ -25,12 +27,19 @@ class Call:
         grad: whether gradients were on; if not, there is nothing to look for.
         hooks: the saved-tensor hooks in force.
         checkpointed: whether an operation on a weight ran inside a checkpoint.
+        outlived: whether the network runs on after the call, its forward being a generator.
     """
 
     def __init__(self) -> None:
         self.grad = torch.is_grad_enabled()
         self.hooks = saved_tensor_hooks()
         self.checkpointed = False
+        self.outlived = False
+
+    def returns(self, made: Any) -> Any:
+        """What the network returned; if that is a generator, its copy of the network is left to it."""
+        self.outlived = isinstance(made, GeneratorType)
+        return made
 
     def look(self, weights: Iterable[Weight]) -> None:
         """Notice a checkpoint around the operation on weights that is about to run.

@@ -103,7 +103,6 @@ class _LowRankLinear(torch.autograd.Function):
             x = x if x_dim is None else x.movedim(x_dim, 0)
             left, right = front(left, left_dim, size), front(right, right_dim, size)
             y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
-            h = h.mT
         return (y if shift is None else y + shift, h), (0, 0)
 
 
@@ -141,7 +140,7 @@ def low_rank_linear(
     flat = x.reshape(-1, x.shape[-1])
     if any(map(is_transformed, tensors)):
         # A batch of x, or of adapters that share x, is hidden in the tensors' wholes.
-        batch = max(whole_numel(x) // max(x.numel(), 1), whole_numel(right) // max(right.numel(), 1))
+        batch = max(whole_numel(t) // max(t.numel(), 1) for t in (x, left, right))
         if flat.shape[0] * batch < MANY_TRANSFORMED:
             return None
         y = _LowRankLinear.apply(flat, weight, bias, left, right, scale)[0]  # type: ignore[no-untyped-call]

@@ -128,7 +128,7 @@ class Blocks(Rotated):
         return self.factors * self.size * self.shape[-1 if self.side == "input" else -2]
 
     def turn(self, rows: Tensor, inverse: bool) -> Tensor:
-        blocks, size, count = self.make(self.raw), self.size, rows.shape[-1] // self.size
+        blocks, size = self.make(self.raw), self.size
         kind = torch.promote_types(rows.dtype, blocks.dtype)
         if self.dropout:
             kept = F.dropout(torch.ones(blocks.shape[:-2], dtype=kind, device=blocks.device), self.dropout) > 0
@@ -184,9 +184,9 @@ def _by_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     count = rows.shape[-1] // size
     if blocks.ndim > 3:  # a stack of matrices
         blocks = blocks.expand(*blocks.shape[:-3], count, size, size)
-        return torch.einsum("...nck,...ckl->...ncl", rows.unflatten(-1, (count, size)), blocks).flatten(-2)
+        return torch.matmul(rows.unflatten(-1, (count, size)).transpose(-2, -3), blocks).transpose(-2, -3).flatten(-2)
     if blocks.shape[0] < count:
-        return (rows.unflatten(-1, (count, size)) @ blocks[0]).flatten(-2)
+        return torch.matmul(rows.unflatten(-1, (count, size)), blocks[0]).flatten(-2)
     # One product a block, whatever the dimensions of the rows: einsum would go a longer way to the same.
     apart = rows.reshape(rows.shape[:-1].numel(), count, size).transpose(0, 1)
     return torch.bmm(apart, blocks).transpose(0, 1).reshape(rows.shape)
@@ -219,7 +219,7 @@ def neumann(skewed: Tensor, terms: int) -> Tensor:
     q = q.reshape(-1, *q.shape[-2:])
     square, first = torch.bmm(q, q), torch.add(eye, q, alpha=2)
     pair = first + eye
-    found = eye + eye + q if degree % 2 else pair + square
+    found: Tensor = eye + eye + q if degree % 2 else pair + square
     for left in reversed(range((degree - 1) // 2)):
         found = torch.baddbmm(pair if left else first, square, found)
     return found.reshape(skewed.shape)

@@ -14,22 +14,23 @@ from torch.nn import functional as F
 
 
 class StackedLinear(torch.autograd.Function):
-    """The pair `(y, h)`, `h_n = x_n·A_nᵀ`. h is an output because second derivatives flow through it.
+    """The pair `(y, h)`, `h_n = A_n·x_nᵀ`. h is an output because second derivatives flow through it.
 
     Shapes: x `(N, T, in)`, or `(T, in)` for one x that all share; W `(out, in)`; bias `(out,)` or None; left
-    `(N, out, r)`; right `(N, r, in)`; y `(N, T, out)`; h `(N, T, r)`.
+    `(N, out, r)`; right `(N, r, in)`; y `(N, T, out)`; h `(N, r, T)`.
     """
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        h = x @ right.mT
+        # Of the two orders of each thin product, the one that reads the activations by rows.
+        h = right @ x.mT
         if x.ndim == 2:
             shared = F.linear(x, weight, bias).expand(left.shape[0], -1, -1)
-            return torch.baddbmm(shared, h, left.mT, alpha=scale), h
+            return torch.baddbmm(shared, h.mT, left.mT, alpha=scale), h
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-        return y.baddbmm_(h, left.mT, alpha=scale), h
+        return y.baddbmm_(h.mT, left.mT, alpha=scale), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -43,13 +44,12 @@ class StackedLinear(torch.autograd.Function):
         x, weight, left, right, h = ctx.saved_tensors
         grad_x = grad_bias = grad_left = grad_right = None
         if grad_y is not None:
-            # Of the two orders of each thin product, the one that reads the activations by rows.
             thin = left.mT @ grad_y.mT
-            thin = thin * ctx.scale if grad_h is None else torch.add(grad_h.mT, thin, alpha=ctx.scale)
+            thin = thin * ctx.scale if grad_h is None else torch.add(grad_h, thin, alpha=ctx.scale)
             grad_bias = grad_y.sum((0, 1)) if ctx.needs_input_grad[2] else None
-            grad_left = (h.mT.contiguous() @ grad_y).mT * ctx.scale if ctx.needs_input_grad[3] else None
+            grad_left = (h @ grad_y).mT * ctx.scale if ctx.needs_input_grad[3] else None
         elif grad_h is not None:
-            thin = grad_h.mT
+            thin = grad_h
         else:
             return None, None, None, None, None, None
         if ctx.needs_input_grad[4]:
@@ -71,16 +71,16 @@ class StackedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x, weight, left, right, h = ctx.saved_tensors
         h_t = torch.zeros_like(h)
-        y_t = x.new_zeros(*h.shape[:-1], weight.shape[0])
+        y_t = x.new_zeros(h.shape[0], h.shape[2], weight.shape[0])
         if x_t is not None:
-            h_t, y_t = h_t + x_t @ right.mT, y_t + F.linear(x_t, weight)
+            h_t, y_t = h_t + right @ x_t.mT, y_t + F.linear(x_t, weight)
         if right_t is not None:
-            h_t = h_t + x @ right_t.mT
+            h_t = h_t + right_t @ x.mT
         if left_t is not None:
-            y_t = y_t + ctx.scale * (h @ left_t.mT)
+            y_t = y_t + ctx.scale * (h.mT @ left_t.mT)
         if bias_t is not None:
             y_t = y_t + bias_t
-        return y_t + ctx.scale * (h_t @ left.mT), h_t
+        return y_t + ctx.scale * (h_t.mT @ left.mT), h_t
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -116,8 +116,8 @@ def over(function: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    h = x @ right.mT
-    return F.linear(x, weight, bias) + scale * (h @ left.mT), h
+    h = right @ x.mT
+    return F.linear(x, weight, bias) + scale * (h.mT @ left.mT), h
 
 
 def _through(grad_y: Tensor, weight: Tensor, thin: Tensor, right: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from common import State, assert_formula, assert_near, peft_of, shaken
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -118,3 +121,42 @@ def test_seed_draws_the_same_projections_and_leaves_the_global_one_alone() -> No
 def test_refusals(options: dict[str, Any], said: str) -> None:
     with pytest.raises(gf.AdaptError, match=said):
         gf.VeRA(**options)
+
+
+def test_two_rules_have_projections_of_their_own(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    rules = {"0.weight": gf.VeRA(rank=5), "2.weight": gf.VeRA(rank=4, projection_prng_key=1)}
+    adapted = shaken(gf.adapt(model, rules))
+    assert {name for name in adapted.adapter if "." not in name} == {"vera_A", "vera_B", "vera_A_2", "vera_B_2"}
+
+    def formula(state: State) -> dict[str, Tensor]:
+        made = {}
+        for index, end in (("0", ""), ("2", "_2")):
+            b, d = state[f"{index}.vera_lambda_b"], state[f"{index}.vera_lambda_d"]
+            change = b[:, None] * state[f"vera_B{end}"] * d @ state[f"vera_A{end}"]
+            made[f"{index}.weight"] = model.get_parameter(f"{index}.weight").detach() + change
+        return made
+
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert_formula(adapted, model, formula, x)
+    gf.save_adapter(adapted, tmp_path / "vera.safetensors")
+    assert torch.equal(gf.load_adapter(model, tmp_path / "vera.safetensors")(x), adapted(x))
+    with pytest.raises(gf.AdaptError, match="PEFT keeps one"):
+        gf.interop.peft.save(gf.adapt(model, {"0.weight": gf.VeRA(rank=5), "2.weight": gf.VeRA(rank=5)}), tmp_path)
+
+
+def test_a_file_of_peft_on_weights_of_two_element_types(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).eval()
+    saved = shaken(gf.adapt(model, {"*.weight": gf.VeRA(rank=5)}))
+    gf.interop.peft.save(saved, tmp_path / "a")
+    mixed = copy.deepcopy(model)
+    mixed[2].to(torch.float64)
+    loaded = gf.interop.peft.load(mixed, tmp_path / "a")
+    assert {"vera_A", "vera_A_2"} <= set(loaded.adapter)
+    merged, wanted = loaded.merge().double(), copy.deepcopy(saved).merge().double()
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(merged(x), wanted(x), atol=1e-6)
+    gf.interop.peft.save(loaded, tmp_path / "b")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)

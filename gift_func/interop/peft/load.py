@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...adapt import base_of, readapt
 from ...adapted import AdaptedModel
-from ...base import FrozenBase
+from ...base import BaseView, FrozenBase
 from ...errors import AdaptError, FileError, StateError
 from . import config as configs
 from .lora import plan_lora
@@ -24,7 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def load(
-    model: nn.Module | FrozenBase,
+    model: nn.Module | FrozenBase | BaseView,
     directory: str | os.PathLike[str],
     *,
     ignore: Collection[str] = (),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
+from ...initial import common_name
 from ...methods import AdaLoRA, Method, NormTuning, TrainableTokens, VeRA
+from ...methods.lora import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
 from .config import Config
@@ -102,15 +105,36 @@ class VeRAKind(Kind):
         ranks = {tensor.shape[-1] for name, tensor in plan.state.items() if name.endswith("vera_lambda_d")}
         if not ranks <= {config["r"]}:
             raise FileError(f"{configs.FILE} has r={config['r']}, and the file's tensors are of rank {max(ranks)}")
-        adapted = {name: method for name, method in plan.methods.items() if isinstance(method, VeRA)}
+        # One rule for each element type that the places have here, and so projections for each.
+        rules: dict[VeRA, list[Site]] = {}
+        for name in plan.base.structure.places:
+            method = plan.methods.get(name)
+            if isinstance(method, VeRA):
+                rules.setdefault(method, []).append(plan.groups[name][0])
+        every = [site for sites in rules.values() for site in sites]
         if config["save_projection"]:
-            plan.state |= {name: plan.take(f"base_model.{name}") for name in PROJECTIONS}
-        elif adapted:
-            plan.state |= next(iter(adapted.values())).common([plan.groups[name][0] for name in adapted])
+            shared = {name: plan.take(f"base_model.{name}") for name in PROJECTIONS}
+        else:
+            shared = next(iter(rules)).common(every) if rules else {}
+        for index, sites in enumerate(rules.values()):
+            shapes = [matrix_of(site.parameter.shape, layout_of(site))[1:] for site in sites]
+            rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
+            for name, tensor in shared.items():
+                own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]
+                plan.state[common_name(name, index)] = tensor if len(rules) == 1 else own
 
     def beside(self, draft: Draft, paths: Paths, sites: Mapping[str, Site]) -> None:
-        for name in PROJECTIONS:
-            draft.tensors[f"base_model.{name}"] = draft.state[name]
+        for local in PROJECTIONS:
+            found = [draft.state[name] for name in dict.fromkeys(draft.parts[site].names[local] for site in sites)]
+            widest = max(found, key=Tensor.numel)
+            for tensor in found:
+                rows, columns = tensor.shape
+                if not torch.equal(widest[:rows, :columns].to(tensor.dtype), tensor):
+                    raise AdaptError(
+                        f"PEFT keeps one {local} for all places, and the rules of this adapter have different ones. Adapt "
+                        "them by one rule, or save it natively."
+                    )
+            draft.tensors[f"base_model.{local}"] = widest
 
 
 class HiRAKind(Kind):

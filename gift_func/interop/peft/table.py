@@ -29,6 +29,8 @@ from .special import AdaLoRAKind, HiRAKind, IA3Kind, NormKind, TokensKind, VeRAK
 
 TARGETS: Config = {"exclude_modules": None, **LAYERS}
 RANKS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+HADA = ("use_effective_conv2d", "rank_dropout", "module_dropout")
+KRON = ("decompose_both", "decompose_factor", "rank_dropout_scale", *HADA)
 TRANSPOSED = ("Linear", "Conv1D")
 PLANES = ("Linear", "Conv2d")
 
@@ -127,26 +129,18 @@ KINDS: dict[str, Kind] = {
         LoHa,
         {**TARGETS, "alpha": 8, "init_weights": True, "module_dropout": 0.0, "r": 8, "rank_dropout": 0.0,
          "use_effective_conv2d": False},
-        lambda c: LoHa(c["r"], alpha=c["alpha"], use_effective_conv2d=c["use_effective_conv2d"]),
-        lambda m: {"r": m.rank, "alpha": _alpha(m), "use_effective_conv2d": m.use_effective_conv2d},
+        lambda c: LoHa(c["r"], alpha=c["alpha"], **{key: c[key] for key in HADA}),
+        lambda m: {"r": m.rank, "alpha": _alpha(m), **{key: getattr(m, key) for key in HADA}},
         patterns=RANKS,
-        training=("module_dropout", "rank_dropout"),
         hosts=("Linear", "Conv1d", "Conv2d"),
     ),
     "LOKR": Kind(
         LoKr,
         {**TARGETS, "alpha": 8, "decompose_both": False, "decompose_factor": -1, "init_weights": True, "module_dropout": 0.0,
          "r": 8, "rank_dropout": 0.0, "rank_dropout_scale": False, "use_effective_conv2d": False},
-        lambda c: LoKr(
-            c["r"], alpha=c["alpha"], decompose_both=c["decompose_both"], decompose_factor=c["decompose_factor"],
-            use_effective_conv2d=c["use_effective_conv2d"],
-        ),
-        lambda m: {
-            "r": m.rank, "alpha": _alpha(m), "decompose_both": m.decompose_both, "decompose_factor": m.decompose_factor,
-            "use_effective_conv2d": m.use_effective_conv2d,
-        },
+        lambda c: LoKr(c["r"], alpha=c["alpha"], **{key: c[key] for key in KRON}),
+        lambda m: {"r": m.rank, "alpha": _alpha(m), **{key: getattr(m, key) for key in KRON}},
         patterns=RANKS,
-        training=("module_dropout", "rank_dropout"),
         hosts=("Linear", "Conv1d", "Conv2d"),
     ),
     "MISS": Kind(

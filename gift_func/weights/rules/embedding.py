@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..slot import Slot, rule
+from ..value import Weight
 
 
 @rule(F.embedding)
@@ -50,9 +52,17 @@ def embedding_bag(
     if not isinstance(weight, Slot) or mode == "max" or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
 
+    own = weight.weight
+    if type(own).choose is not Weight.choose and padding_idx is None and input.numel() < weight.shape[0]:
+        # A weight whose rows are not linear in what it holds: its rows one by one, and these in bags.
+        chosen, flat = torch.arange(input.numel(), device=input.device), input.reshape(-1)
+        table, index = own.choose(lambda rows: F.embedding(flat, rows), None), chosen.view(input.shape)
+    else:
+        table, index = None, input
+
     def pick(rows: Tensor) -> Tensor:
         return F.embedding_bag(
-            input,
+            index,
             rows,
             offsets,
             mode=mode,
@@ -61,4 +71,4 @@ def embedding_bag(
             padding_idx=padding_idx,
         )
 
-    return weight.weight.lookup(pick, None)
+    return own.lookup(pick, None) if table is None else pick(table)

@@ -1,0 +1,86 @@
+"""How methods are constructed: typed keyword arguments, one of them called `init` as their function is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pickle
+from dataclasses import KW_ONLY, field
+from typing import Any
+
+import pytest
+
+import gift_func as gf
+from gift_func.methods.method import FrozenMap, option, settings, settled
+
+METHODS: list[tuple[type[Any], dict[str, Any]]] = [
+    (gf.LoRA, {"init": "olora", "rank_pattern": {"a": 3}, "alpha_pattern": {"b": 2.0}}),
+    (gf.DoRA, {"init": "gaussian", "detach_norm": False, "rank_pattern": {"a": 3}}),
+    (gf.MixingLoRA, {"alpha": 2.0}),
+    (gf.AdaLoRA, {"init": "random", "rank_pattern": {"a": 3}}),
+    (gf.HiRA, {"init": "gaussian"}),
+    (gf.LoHa, {"init": "normal"}),
+    (gf.LoKr, {"init": "lycoris", "decompose_factor": 4}),
+    (gf.FourierFT, {"init": "zeros", "n_frequency_pattern": {"a": 3}}),
+    (gf.C3A, {"init": "zeros", "block_size_pattern": {"a": 2}}),
+]
+EVERY = pytest.mark.parametrize(("kind", "options"), METHODS, ids=[kind.__name__ for kind, _ in METHODS])
+
+
+@EVERY
+def test_what_is_given_is_kept_and_compared(kind: type[Any], options: dict[str, Any]) -> None:
+    method = kind(5, **options)
+    assert method.to_dict() == {"method": kind.__name__, next(iter(inspect.signature(kind).parameters)): 5, **options}
+    for again in (kind(5, **options), pickle.loads(pickle.dumps(method)), copy.deepcopy(method), dataclasses.replace(method)):
+        assert again == method
+        assert hash(again) == hash(method)
+    assert kind(4, **options) != method
+    assert str(method).startswith(f"{kind.__name__}(")
+    assert all(f"{name}={value!r}" in str(method) for name, value in options.items())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.initialization = "kaiming"
+    patterns = {name: dict(value) for name, value in options.items() if name.endswith("_pattern")}
+    for name in patterns:
+        assert isinstance(getattr(method, name), FrozenMap)
+        options[name]["other"] = 1
+    assert method.to_dict() == {**method.to_dict(), **patterns}, "a pattern is the caller's own dict"
+    for name in patterns:
+        del options[name]["other"]
+
+
+@EVERY
+def test_names_are_those_of_the_documentation(kind: type[Any], options: dict[str, Any]) -> None:
+    shown = inspect.signature(kind).parameters
+    first, *others = shown.values()
+    assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in others)
+    assert options.keys() <= shown.keys()
+    assert not {"initialization", "layout", "view", "by_column"} & shown.keys()
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no option 'initialisation'; the nearest are"):
+        kind(initialisation="zeros")
+    with pytest.raises(TypeError, match="positional argument"):
+        kind(4, 4)
+
+
+@settings
+class Own(gf.Full):
+    """A method of a user's own."""
+
+    size: int
+    _: KW_ONLY
+    initialization: str = option(default="zeros", alias="init")
+    size_pattern: dict[str, int] = field(default_factory=dict)
+    groups: int = settled(default=1)
+
+
+def test_a_method_of_a_users_own() -> None:
+    own = Own(3, init="ones", size_pattern={"a": 2})
+    assert (own.size, own.initialization, own.groups) == (3, "ones", 1)
+    assert own.but(groups=2).groups == 2
+    assert own.but(groups=2) == own
+    assert gf.Method.from_dict(own.to_dict()) == own
+    with pytest.raises(gf.AdaptError, match="Own has no field 'groups'"):
+        gf.Method.from_dict({**own.to_dict(), "groups": 2})
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'size'"):
+        Own()  # type: ignore[call-arg]
