@@ -30,6 +30,7 @@ class Mix:
 
     Attributes:
         size: the number of samples.
+        even: how many runs are as long as the first, up to the first that is not.
         met: what this call met so far; None once it met rows that lie elsewhere.
         outlived: whether the network runs on after the call, its forward being a generator.
     """
@@ -40,6 +41,7 @@ class Mix:
         self.way = way
         self.met: list[Use] | None = []
         self.outlived = False
+        self.even = next((i for i, count in enumerate(counts) if count != counts[0]), len(self.counts))
         self._ends = list(accumulate(counts))
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
 

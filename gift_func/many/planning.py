@@ -16,7 +16,8 @@ from ..structure import Structure
 from ..weights import Slot
 from .entry import Entry
 from .mix import Mix, Use
-from .routed import Routed, RoutedSlot
+from .routed import RoutedSlot
+from .routed_weight import Routed
 from .rows import Rows
 
 Run = tuple[Entry | None, int]
