@@ -25,6 +25,8 @@ from .mix import Mix
 from .routed_weight import Placeholder, Routed, member, one_of_equals
 from .rows import Lost, Rows, rows_of
 
+_REMEDY = "Give this call samples of one adapter, bank[name](...)."
+
 
 class ApartError(Exception):
     """The adapters of a batch cannot share a pass: each must take one of its own."""
@@ -58,7 +60,7 @@ class RoutedSlot(Placeholder):
         if lost is not None:
             raise AdaptError(
                 f"{weight.name!r} differs by sample, and {name} meets it with a tensor whose samples cannot be told apart "
-                f"since {lost.function or 'a function that mixed them'}. Give this call samples of one adapter, bank[name](...)."
+                f"since {lost.function or 'a function that mixed them'}. {_REMEDY}"
             )
         if not followed:
             for place, _ in found:
@@ -67,8 +69,7 @@ class RoutedSlot(Placeholder):
                     raise AdaptError(
                         f"{weight.name!r} differs by sample, and {name} meets it with a tensor of shape {tuple(leaf.shape)} in "
                         "which the batch cannot be found: it did not come from the network's input by functions that torch "
-                        "shows (a custom autograd.Function or a scripted function hides it). Give this call samples of one adapter, "
-                        "bank[name](...)."
+                        f"shows (a custom autograd.Function or a scripted function hides it). {_REMEDY}"
                     )
             return _each(func, leaves, spec, mix)
         return by_runs(func, leaves, spec, followed, mix)
