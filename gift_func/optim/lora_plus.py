@@ -1,4 +1,4 @@
-"""What an optimizer is given: groups of an adapter's parameters."""
+"""LoRA+: the factor B learns faster than A."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from .adapted import AdaptedModel
-from .errors import AdaptError
+from ..adapted import AdaptedModel
+from ..errors import AdaptError
 
 
 def lora_plus(

@@ -1,0 +1,53 @@
+"""Python values with tensors in them as JSON and a dict of tensors, which a safetensors file can hold; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """A value as JSON; its tensors go into `tensors`, under names that begin with `name`.
+
+    Raises:
+        TypeError: for what is neither plain, nor a container, nor a tensor.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        pairs = [[key, pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]
+        return {"dict": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    raise TypeError(
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: numbers, texts, containers and tensors"
+    )
+
+
+def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack` was given."""
+    if isinstance(packed, list):
+        return [unpack(item, tensors) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dtype":
+        found = getattr(torch, content)
+        assert isinstance(found, torch.dtype)
+        return found
+    if kind == "tuple":
+        return tuple(unpack(item, tensors) for item in content)
+    return {key: unpack(item, tensors) for key, item in content}

@@ -1,0 +1,139 @@
+"""An ensemble's stacked parameters as its members' own: what an optimizer that knows nothing of members is given.
+
+Two ways. An optimizer that treats every number by itself sees all of a member's numbers as one row, so that a member costs
+it one tensor, however many the adapter has. Any other sees each tensor of each member as it is in a model of its own, without
+the zeros that fill up a smaller rank, as a view of the stacked one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Rows:
+    """Parameters of one element type and device, all of a member's numbers in one row.
+
+    Attributes:
+        parameters: the stacked parameters by name.
+        leaves: a member's numbers, `(P,)`, one for each member.
+        spans: name -> the columns of a parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        first = next(iter(self.parameters.values()))
+        start = 0
+        self.spans: dict[str, slice] = {}
+        for name, parameter in self.parameters.items():
+            self.spans[name] = slice(start, start := start + parameter[0].numel())
+        self._values = torch.empty(len(first), start, dtype=first.dtype, device=first.device)
+        self._value_views = self._views(self._values)
+        self._gradients: Tensor | None = None
+        self._gradient_views: dict[str, Tensor] = {}
+        self.leaves = [nn.Parameter(row) for row in self._values]
+
+    def _views(self, matrix: Tensor) -> dict[str, Tensor]:
+        return {name: matrix[:, self.spans[name]].view(p.shape) for name, p in self.parameters.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+        return list(self.parameters)
+
+    def without_gradient(self) -> list[str]:
+        """The parameters that have none."""
+        return [name for name, parameter in self.parameters.items() if parameter.grad is None]
+
+    def link(self) -> None:
+        """Give the leaves their gradients: the parameters' are views of the same memory from then on."""
+        if self.without_gradient():
+            for leaf in self.leaves:
+                leaf.grad = None
+            return
+        if self._gradients is None:
+            self._gradients = torch.empty_like(self._values)
+            self._gradient_views = self._views(self._gradients)
+        for name, parameter in self.parameters.items():
+            gradient, view = parameter.grad, self._gradient_views[name]
+            if gradient is not None and gradient is not view:
+                parameter.grad = view.copy_(gradient)
+        for leaf, row in zip(self.leaves, self._gradients, strict=True):
+            leaf.grad = row
+
+    def load(self) -> None:
+        """Bring the parameters' values into the rows."""
+        for name, parameter in self.parameters.items():
+            self._value_views[name].copy_(parameter)
+
+    def store(self) -> None:
+        """Bring the rows' values back."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._value_views[name])
+
+
+class Views:
+    """One parameter, a view of it for each member that has it; a contiguous copy where a smaller rank makes gaps.
+
+    Args:
+        name: its name.
+        parameter: the stacked parameter.
+        shapes: each member's own shape of it, None for a member without it.
+
+    Attributes:
+        leaves: the members' tensors, in that shape.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, shapes: Sequence[torch.Size | None]) -> None:
+        self.name, self.parameter = name, parameter
+        self._shapes = shapes
+        self._linked: Tensor | None = None
+        self._is_linked = True
+        self.leaves: list[nn.Parameter | None] = [
+            None if view is None else nn.Parameter(view.contiguous()) for view in self._views(parameter.detach())
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameter's name."""
+        return [self.name]
+
+    def _views(self, stacked: Tensor) -> list[Tensor | None]:
+        return [
+            None if shape is None else stacked[index][tuple(slice(n) for n in shape)]
+            for index, shape in enumerate(self._shapes)
+        ]
+
+    def _pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
+        views = self._views(self.parameter.detach())
+        return [(leaf, view) for leaf, view in zip(self.leaves, views, strict=True) if leaf is not None and view is not None]
+
+    def link(self) -> None:
+        """Give the leaves their gradients: views of the parameter's."""
+        gradient = self.parameter.grad
+        if self._is_linked and gradient is self._linked:
+            return
+        views = [None] * len(self.leaves) if gradient is None else self._views(gradient)
+        for leaf, view in zip(self.leaves, views, strict=True):
+            if leaf is not None:
+                leaf.grad = view
+        self._linked, self._is_linked = gradient, True
+
+    def load(self) -> None:
+        """Bring values and gradients into the leaves, as an optimizer may want to see them: without gaps."""
+        for leaf, view in self._pairs():
+            if view.is_contiguous():
+                leaf.data = view  # anew, for `to()` exchanges the parameter's memory
+            else:
+                leaf.copy_(view)
+            if leaf.grad is not None and not leaf.grad.is_contiguous():
+                leaf.grad = leaf.grad.contiguous()
+                self._is_linked = False
+
+    def store(self) -> None:
+        """Bring back what does not share the parameter's memory."""
+        for leaf, view in self._pairs():
+            if not view.is_contiguous():
+                view.copy_(leaf)
