@@ -162,15 +162,15 @@ class Body:
             with self.calling():
                 return self.module(*args, **kwargs)
         # torch.func.functional_call put others there, say: as with any module, buffers are then written in place.
-        with self._bound(tensors, {}, private_buffers=False) as (twin, _):
-            return twin.structure.module(*args, **kwargs)
+        with self.bound(tensors, {}, private_buffers=False) as (twin, call):
+            return call.returns(twin.structure.module(*args, **kwargs))
 
     def pure_forward(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward on any tensors and buffers; nothing of the model is written to."""
         if torch.compiler.is_compiling():
             return self._traced(tensors, buffers, args, kwargs)
-        with self._bound(tensors, buffers, private_buffers=True) as (twin, _):
-            return twin.structure.module(*args, **kwargs)
+        with self.bound(tensors, buffers, private_buffers=True) as (twin, call):
+            return call.returns(twin.structure.module(*args, **kwargs))
 
     def stateful_forward(
         self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], private_buffers: bool = True
@@ -182,7 +182,7 @@ class Body:
         """
         if torch.compiler.is_compiling():
             return self._traced(tensors, buffers, args, kwargs), dict(buffers), False
-        with self._bound(tensors, buffers, private_buffers) as (twin, call):
+        with self.bound(tensors, buffers, private_buffers) as (twin, call):
             made = twin.structure.module(*args, **kwargs)
             after: dict[str, Tensor] = {}
             for name in buffers:
@@ -212,7 +212,7 @@ class Body:
         return torch.func.functional_call(self.module, {**placed, **buffers}, args, kwargs, tie_weights=False)
 
     @contextmanager
-    def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
+    def bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
         """A copy with the weights that these tensors make in place, to this call alone."""
         self._look_after_base()
         weights = self.weights(tensors)
@@ -228,7 +228,8 @@ class Body:
         """A copy with these in the places of parameters, to this call alone.
 
         It goes back for the next call unless this one changed its attributes, or met a checkpoint: that will run parts
-        of the copy again in backward and must find the same tensors there, so the copy is left to it.
+        of the copy again in backward and must find the same tensors there, so the copy is left to it; as it is to a
+        forward that is a generator and has yet to run.
         """
         with self.calling() as call:
             twin = self._lease()
@@ -241,7 +242,7 @@ class Body:
             for name, slot in slots.items():
                 twin.structure.bind(name, slot)
             yield twin, call
-            if not call.checkpointed and twin.own.holds():
+            if not (call.checkpointed or call.outlived) and twin.own.holds():
                 for name in slots:
                     twin.structure.bind(name, self._slots[name] if name in self._slots else self.base.tensors[name])
                 self._twins.append(twin)

@@ -97,11 +97,23 @@ def test_where_it_steps_aside() -> None:
     assert call(x[0, 0], weight, bias, left, right, SCALE) is None, "a vector"
     with torch.autocast("cpu", torch.bfloat16):
         assert call(x, weight, bias, left, right, SCALE) is None
+
+
+@pytest.mark.parametrize(("threshold", "taken"), [(0, True), (12, True), (13, False)])
+def test_under_transforms_the_tokens_of_the_whole_batch_count(
+    threshold: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_linear, "MANY_TRANSFORMED", threshold)
+    x, weight, bias, left, right = arguments()
     seen = []
 
     def loss(left: Tensor) -> Tensor:
-        seen.append(call(x, weight, bias, left, right, SCALE))
-        return LowRank(weight, left, right, SCALE).linear(x, bias).sum()
+        seen.append(fused_linear.low_rank_linear(x, weight, bias, left, right, SCALE))
+        return LowRank(weight, left, right, SCALE).linear(x, bias).square().sum()
 
-    torch.func.vmap(torch.func.grad(loss))(torch.stack([left, left]))
-    assert seen == [None], "a torch.func transform"
+    lefts = torch.stack([left, left + 1])
+    found = torch.func.vmap(torch.func.grad(loss))(lefts)
+    assert [made is not None for made in seen] == [taken], "two adapters on six tokens"
+    for got, own in zip(found, lefts, strict=True):
+        wanted = torch.func.grad(lambda left: separate(x, weight, bias, left, right).square().sum())(own)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)

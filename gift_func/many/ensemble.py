@@ -19,7 +19,7 @@ from ..show import tree
 from ..structure import Structure, clone
 from ..surgery import seeded
 from .recipe import Recipe
-from .running import CannotBatchError, batched, one_by_one
+from .running import CannotBatchError, Member, batched, one_by_one
 
 Tensors = Mapping[str, Tensor]
 Randomness = Literal["different", "same"]
@@ -41,7 +41,7 @@ class Ensemble(nn.Module):
         chunk_size: how many members run at a time; None for all. Fewer need less memory.
         randomness: whether dropout and its like draw "different" numbers for each member or the "same".
         generator: what each call's random draws are seeded from; None for torch's global generator.
-        fallback: why the members run one after another, or None.
+        fallback: why the members of the latest call ran one after another, or None if they ran at once.
     """
 
     adapter: AdapterDict
@@ -54,7 +54,9 @@ class Ensemble(nn.Module):
         self.chunk_size: int | None = None
         self.randomness: Randomness = "different"
         self.generator: torch.Generator | None = None
-        self.fallback = _without_rule(structure)
+        self._unbatchable = _without_rule(structure)
+        self._reasons: dict[tuple[bool, bool, bool], str] = {}
+        self.fallback = self._unbatchable
         for name, stacked in buffers.items():
             module_name, _, attribute = name.rpartition(".")
             structure.modules[module_name]._buffers[attribute] = stacked
@@ -113,18 +115,32 @@ class Ensemble(nn.Module):
 
         stacks = [own, self.recipe.extras(), state]
         with self._drawing():
-            if self.fallback is None:
-                try:
-                    made, after = batched(member, stacks, leaves, mapped, self.randomness, self.chunk_size)
-                except CannotBatchError as error:
-                    self.fallback = str(error)
-            if self.fallback is not None:
-                made, after = one_by_one(member, stacks, leaves, mapped, self.randomness, len(self))
+            made, after = self._run(member, stacks, leaves, mapped)
         if writes:
             with torch.no_grad():
                 for name in state:
                     self._buffer(name).copy_(after[name])
         return made
+
+    def _run(
+        self, member: Member, stacks: Sequence[dict[str, Tensor]], leaves: Sequence[Any], mapped: bool
+    ) -> tuple[Any, dict[str, Tensor]]:
+        if torch.compiler.is_compiling() and self._unbatchable is None:
+            return batched(member, stacks, leaves, mapped, self.randomness, len(self), self.chunk_size)
+        # What cannot be batched in one mode may be in another: a checkpoint is there in training only.
+        kind = mapped, self._body.module.training, torch.is_grad_enabled()
+        reason = self._unbatchable or self._reasons.get(kind)
+        if reason is None:
+            try:
+                found = batched(member, stacks, leaves, mapped, self.randomness, len(self), self.chunk_size)
+                self.fallback = None
+                return found
+            except CannotBatchError as error:
+                reason = str(error)
+        # A mistake in the arguments shows here once more, as the network itself tells of it.
+        found = one_by_one(member, stacks, leaves, mapped, self.randomness, len(self))
+        self.fallback = self._reasons[kind] = reason
+        return found
 
     def _check_mapped(self, leaves: Sequence[Any]) -> None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

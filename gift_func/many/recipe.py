@@ -111,8 +111,8 @@ def share(models: Sequence[AdaptedModel]) -> tuple[Recipe, dict[str, nn.Paramete
         place = _Place(name, at[name], models)
         parts.append(place.part)
         rows = place.rows(base)
-        for local, full in place.part.names.items():
-            first, *others = rows[local]
+        for local, (first, *others) in rows.items():
+            full = place.part.names[local]
             trained = any(model.adapter[full].requires_grad for model in models if full in model.adapter)
             if not trained and all(row is first or torch.equal(row, first) for row in others):
                 once.add(full)
@@ -142,58 +142,73 @@ class _Place:
         self.models = models
         present = [(index, part) for index, part in enumerate(parts) if part is not None]
         self.whole = len(present) == len(parts)
-        first, wide = present[0][1], present[0][1]
+        wide = present[0][1]
         for _, part in present:
             if getattr(part.method, "rank", 0) > getattr(wide.method, "rank", 0):
                 wide = part
         self.part = wide
         uneven = any(part.method != wide.method for _, part in present) or not self.whole
-        owner = models[next(index for index, part in present if part is wide)]
-        self.wide = {local: owner.adapter[full].detach() for local, full in wide.names.items()}
+        widest = next(index for index, part in present if part is wide)
+        self.wide = {local: models[widest].adapter[full].detach() for local, full in wide.names.items()}
         self.axes = wide.method.rank_axes(self.wide) if uneven else {}
         self.scaled = wide.method.scaled_tensors(self.wide) if self.axes else {}
         for index, part in present:
             if part.names != wide.names:
                 raise AdaptError(
-                    f"members {present[0][0]} and {index} adapt {name!r} by other tensors ({', '.join(first.names)}; "
-                    f"{', '.join(part.names)}: {first.method}; {part.method}), so they cannot share a stack. Stack those of "
+                    f"members {widest} and {index} adapt {name!r} by other tensors ({', '.join(wide.names)}; "
+                    f"{', '.join(part.names)}: {wide.method}; {part.method}), so they cannot share a stack. Stack those of "
                     "one method, or keep them side by side in a gf.AdapterBank."
                 )
             reason = _differs(part.method, wide.method, bool(self.axes))
             if reason is not None:
                 raise AdaptError(
-                    f"members {present[0][0]} and {index} cannot share a stack: at {name!r} one has {wide.method} and the "
+                    f"members {widest} and {index} cannot share a stack: at {name!r} one has {wide.method} and the "
                     f"other {part.method}, and {reason}. Stack equal ones, or keep them side by side in a gf.AdapterBank."
                 )
 
     def rows(self, base: FrozenBase) -> dict[str, list[Tensor]]:
-        """For each of the method's tensors one of every member, all of one shape."""
+        """For each of the tensors that the method makes here one of every member, all of one shape."""
         found: dict[str, list[Tensor]] = {}
         start: dict[str, Tensor] | None = None
         for local, full in self.part.names.items():
             like, rows = self.wide[local], []
-            for model, part in zip(self.models, self.parts, strict=True):
-                if part is not None:
+            for model in self.models:
+                if full in model.adapter:  # without the place too, where tensors are shared by several places
                     rows.append(self._padded(model.adapter[full].detach(), like.shape, local))
-                elif local in self.axes:
+                elif local in self.axes or local in self.scaled:
                     rows.append(torch.zeros_like(like))
                 else:
                     start = self._start(base) if start is None else start
-                    rows.append(start.get(local, like).reshape(like.shape))
-            found[local] = rows
+                    if local not in start:  # it comes with another parameter of the module, whose place says what it is
+                        break
+                    rows.append(start[local].reshape(like.shape))
+            else:
+                found[local] = rows
         return found
 
     def gains(self) -> dict[str, Tensor]:
-        """What the tensors in which the change is linear are multiplied by, `(N, ...)`, where members differ."""
+        """What tensors are multiplied by, `(N, ...)`, where members differ.
+
+        Those in which the change is linear: by the member's own scale over the wide one's, 0 where it has nothing. Of
+        the others those that are trained, 0 where zeros were filled in: in a product of two changes (LoHa) what an
+        optimizer did to the zeros of one would meet the other.
+        """
         found = {}
-        for local, scale in self.scaled.items():
-            like, axis = self.wide[local], self.axes[local][0]
-            gain = torch.zeros(len(self.parts), like.shape[axis], dtype=torch.float64)
+        for local in self.axes | self.scaled:
+            like, axes = self.wide[local], self.axes.get(local, ())
+            full = self.part.names[local]
+            gain = torch.zeros(len(self.parts), *(n if d in axes else 1 for d, n in enumerate(like.shape)), dtype=torch.float64)
             for row, model, part in zip(gain, self.models, self.parts, strict=True):
-                if part is not None:
-                    tensors = {name: model.adapter[full] for name, full in part.names.items()}
-                    row[: tensors[local].shape[axis]] = part.method.scaled_tensors(tensors)[local] / scale
-            found[local] = gain.reshape(len(self.parts), *(n if d == axis else 1 for d, n in enumerate(like.shape)))
+                own = model.adapter[full].shape if full in model.adapter else like.shape
+                value = 1.0
+                if local in self.scaled:
+                    value = 0.0 if part is None else part.method.scaled_tensors(dict.fromkeys(part.names, like))[local]
+                    value /= self.scaled[local]
+                elif full in model.adapter and not model.adapter[full].requires_grad:
+                    own = like.shape
+                row[tuple(slice(own[d] if d in axes else 1) for d in range(like.ndim))] = value
+            if not bool((gain == 1).all()):
+                found[local] = gain
         return found
 
     def stand_ins(self, rows: Mapping[str, list[Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -203,7 +218,9 @@ class _Place:
         here = torch.tensor([part is not None for part in self.parts])
         absent = next(index for index, part in enumerate(self.parts) if part is None)
         return {
-            local: (here.to(found[0].device), found[absent].clone()) for local, found in rows.items() if local not in self.axes
+            local: (here.to(found[0].device), found[absent].clone())
+            for local, found in rows.items()
+            if local not in self.axes and local not in self.scaled
         }
 
     def _padded(self, tensor: Tensor, shape: torch.Size, local: str) -> Tensor:

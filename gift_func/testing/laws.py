@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from ..adapted import AdaptedModel
 from ..errors import AdaptError
 from ..files import load_adapter, save_adapter
 from ..functional import functional_call
+from ..many.ensemble import Ensemble
+from ..many.stacking import stack
 from ..methods import Method
 from .hosts import HOSTS, Around, Host
 
@@ -29,6 +31,7 @@ class Case:
 
     def __init__(self, method: Method, host: Host, dtype: torch.dtype = torch.float64) -> None:
         self.method = method
+        self.host = host
         self.model, self.x = host.make(dtype)
         self.rules = {f"inner.{host.parameter}": method}
         self.start = adapt(self.model, self.rules, generator=torch.Generator().manual_seed(1))
@@ -110,6 +113,15 @@ def vmap_is_loop(case: Case) -> None:
     states = [case.trained(state) for state in case.states]
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     _equal(torch.func.vmap(case.run)(stacked), torch.stack([case.run(state) for state in states]))
+
+
+def stacked_is_separate(case: Case) -> None:
+    """Members of an ensemble compute, and are differentiated, as each alone, and come out of it bit by bit."""
+    members = [case.start.with_adapter(case.random(seed)) for seed in range(3)]
+    _same_as_members(stack(members), members, case.x)
+    wider = _wider(case, 2)
+    if wider is not None:
+        _same_as_members(stack([*members[:2], wider]), [*members[:2], wider], case.x)
 
 
 def per_sample_gradients_are_loop(case: Case) -> None:
@@ -204,6 +216,7 @@ LAWS: dict[str, Law] = {
         gradients_arrive,
         training_is_followed,
         vmap_is_loop,
+        stacked_is_separate,
         per_sample_gradients_are_loop,
         forward_mode_is_reverse_mode,
         base_is_untouched,
@@ -276,6 +289,33 @@ def refuses(method: Method, host: str) -> bool:
         said = str(error)
     assert not said or name in said, f"{method} refuses without naming {name!r}: {said}"
     return bool(said)
+
+
+def _same_as_members(ensemble: Ensemble, members: Sequence[AdaptedModel], x: Tensor) -> None:
+    xs = torch.stack([x.roll(index, 0) for index in range(len(members))])
+    _equal(ensemble.map(xs), torch.stack([member(own) for member, own in zip(members, xs, strict=True)]), "map")
+    found = ensemble(x)
+    _equal(found, torch.stack([member(x) for member in members]))
+    found.square().sum().backward()
+    for index, (member, alone) in enumerate(zip(members, ensemble.unstack(), strict=True)):
+        assert list(alone.adapter) == list(member.adapter), f"member {index} has other tensors than it came with"
+        for name, want in _gradients(member, x):
+            got = ensemble.adapter[name].grad[index]
+            _equal(got[tuple(slice(n) for n in want.shape)], want, f"gradient of {name} of member {index}")
+            assert got.count_nonzero() <= want.numel(), f"the padding of {name} of member {index} has a gradient"
+        for name, tensor in member.adapter.items():
+            assert torch.equal(alone.adapter[name], tensor), f"{name} of member {index} came out changed"
+
+
+def _wider(case: Case, more: int) -> AdaptedModel | None:
+    """A member of larger rank, for a method that says where its rank is."""
+    part = case.start.parts[0]
+    if not part.method.rank_axes({local: case.start.adapter[full] for local, full in part.names.items()}):
+        return None
+    wide = Case(case.method.but(rank=getattr(case.method, "rank", 0) + more), case.host)
+    if [part.names for part in wide.start.parts] != [part.names for part in case.start.parts]:
+        return None  # a factor that is not decomposed at that rank
+    return adapt(case.model, wide.rules).with_adapter(wide.random(5))
 
 
 def _gradients(adapted: AdaptedModel, x: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -52,7 +52,7 @@ def _folded_mask(mask: Tensor, dim: int | None, size: int, batch: int, ndim: int
     """The mask of one longer batch; `ndim` is that of the stacked query."""
     own = mask.ndim - (dim is not None)
     lead = max(ndim, 4) - 1 - own  # how many leading axes the mask leaves to broadcasting
-    if dim is None and (lead >= 1 if ndim > 4 else True) and (ndim <= 4 or lead or mask.shape[0] == 1):
+    if dim is None and (ndim <= 4 or lead or mask.shape[0] == 1):
         return mask
     mask = front(mask, dim, size)
     mask = mask[(slice(None), *[None] * lead)]

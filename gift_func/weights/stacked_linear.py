@@ -47,7 +47,7 @@ class StackedLinear(torch.autograd.Function):
             thin = left.mT @ grad_y.mT
             thin = thin * ctx.scale if grad_h is None else torch.add(grad_h, thin, alpha=ctx.scale)
             grad_bias = grad_y.sum((0, 1)) if ctx.needs_input_grad[2] else None
-            grad_left = (h @ grad_y).mT * ctx.scale if ctx.needs_input_grad[3] else None
+            grad_left = ((h * ctx.scale) @ grad_y).mT if ctx.needs_input_grad[3] else None
         elif grad_h is not None:
             thin = grad_h
         else:

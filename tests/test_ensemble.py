@@ -1,0 +1,373 @@
+"""Members in a stack and each alone: the same outputs, gradients and training, whatever their ranks and places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from models import BY_NAME, MLP, Row, assert_close, loss_of, pairs, shake
+from test_laws import METHODS
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import gift_func as gf
+from gift_func import testing
+from gift_func.testing.laws import Case
+
+STEPS = 50
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def mlp() -> nn.Module:
+    return BY_NAME["mlp"].model()
+
+
+def inputs() -> Tensor:
+    x: Tensor = BY_NAME["mlp"].call()[0][0]
+    return x
+
+
+def members_of(model: nn.Module, *strategies: Any) -> list[gf.AdaptedModel]:
+    """Adapted models far from their starts, and from each other."""
+    made = [gf.adapt(model, strategy, generator=torch.Generator().manual_seed(i)) for i, strategy in enumerate(strategies)]
+    return [shake(member, seed=index, size=0.3) for index, member in enumerate(made)]
+
+
+def part(tree: Any, index: int) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor[index], tree)
+
+
+def check_same(ens: gf.Ensemble, members: list[gf.AdaptedModel], *args: Any, tolerance: float = 1e-9, **kwargs: Any) -> None:
+    """Outputs and gradients of the ensemble and of each alone, on one input."""
+    found = ens(*args, **kwargs)
+    for parameter in ens.parameters():
+        parameter.grad = None
+    sum(loss_of(part(found, index)) for index in range(len(ens))).backward()  # type: ignore[union-attr]
+    for index, member in enumerate(members):
+        wanted = member(*args, **kwargs)
+        pairs = zip(tree_leaves(part(found, index)), tree_leaves(wanted), strict=True)
+        for got, want in ((a, b) for a, b in pairs if isinstance(b, Tensor)):
+            assert_close(got, want, tolerance, f"output of member {index}")
+        check_gradients(ens, member, index, torch.autograd.grad(
+            loss_of(wanted), list(member.trainable_parameters()), allow_unused=True, materialize_grads=True
+        ), tolerance)  # fmt: skip
+
+
+def check_gradients(ens: gf.Ensemble, member: gf.AdaptedModel, index: int, wanted: Iterable[Tensor], tolerance: float) -> None:
+    for (name, parameter), want in zip(member.named_trainable_parameters(), wanted, strict=True):
+        stacked = ens.adapter[name].grad
+        got = torch.zeros_like(ens.adapter[name])[index] if stacked is None else stacked[index]
+        own = tuple(slice(n) for n in parameter.shape)
+        assert_close(got[own], want, tolerance, f"gradient of {name} of member {index}")
+        rest = got.clone()
+        rest[own] = 0
+        assert not rest.any(), f"the padding of {name} of member {index} has a gradient"
+
+
+# --- every method, every kind of model
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_fifty_steps_are_those_of_separate_runs(method: gf.Method) -> None:
+    host = next(name for name in testing.HOSTS if not testing.refuses(method, name))
+    case = Case(method, testing.HOSTS[host])
+    members = [case.start.with_adapter(case.random(seed)) for seed in range(3)]
+    ens = gf.stack(members)
+    target = torch.linspace(-1, 1, case.model(case.x).numel(), dtype=torch.float64).view_as(case.model(case.x))
+    start = ens(case.x).detach()
+    together = torch.optim.Adam(ens.trainable_parameters(), lr=1e-2)
+    for _ in range(STEPS):
+        together.zero_grad()
+        (ens(case.x) - target).square().sum().backward()
+        together.step()
+    for index, member in enumerate(members):
+        alone = torch.optim.Adam(member.trainable_parameters(), lr=1e-2)
+        for _ in range(STEPS):
+            alone.zero_grad()
+            (member(case.x) - target).square().sum().backward()
+            alone.step()
+        assert_close(ens(case.x)[index], member(case.x), 1e-9, f"member {index}")
+        for name, tensor in ens[index].adapter.items():
+            assert_close(tensor, member.adapter[name], 1e-9, name)
+    assert (ens(case.x) - start).abs().max() > 1e-3, "training changed nothing, so equality says nothing"
+
+
+@pairs(brief=True)
+def test_on_one_input_and_on_their_own(row: Row, method: str) -> None:
+    model = row.model()
+    base = gf.adapt_ensemble(model, row.strategy(method), 3, generator=torch.Generator().manual_seed(1))
+    members = [shake(member, seed=index) for index, member in enumerate(base)]
+    ens = gf.stack(members)
+    args, kwargs = row.call()
+    check_same(ens, members, *args, **kwargs)
+
+    def own(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor + 0.1 * index if tensor.is_floating_point() else tensor for index in range(3)])
+
+    mapped = tree_map_only(Tensor, own, (args, kwargs))
+    found = ens.map(*mapped[0], **mapped[1])
+    for index, member in enumerate(members):
+        mine = part(mapped, index)
+        wanted = member(*mine[0], **mine[1])
+        for got, want in zip(tree_leaves(part(found, index)), tree_leaves(wanted), strict=True):
+            if isinstance(want, Tensor):
+                assert_close(got, want, 1e-9, f"map, member {index}")
+    if row.vmaps:
+        assert ens.fallback is None
+        assert "at once" in repr(ens)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("lstm", "no batching rule for rnn, a LSTM"), ("lstm_cell", "lstm_cell"), ("gru", "a GRU"), ("mixtral", "dynamic shape")],
+)
+def test_what_cannot_be_batched_says_why(name: str, reason: str) -> None:
+    row = BY_NAME[name]
+    members = members_of(model := row.model(), *[row.strategy("lora")] * 2)
+    ens = gf.stack(members)
+    args, kwargs = row.call()
+    ens(*args, **kwargs)
+    assert ens.fallback is not None
+    assert reason in ens.fallback
+    assert f"one after another: {ens.fallback}" in repr(ens)
+    del model
+
+
+def test_a_mistake_in_the_arguments_is_told_by_the_network() -> None:
+    ens = gf.stack(members_of(mlp(), gf.LoRA(), gf.LoRA()))
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(3x5 and 6x8\)"):
+        ens(torch.randn(3, 5, dtype=torch.float64))
+    assert ens.fallback is None, "which says nothing about other arguments"
+    ens(inputs())
+    assert ens.fallback is None
+
+
+# --- decisions by values
+
+
+class Deciding(nn.Module):
+    """Takes one of two ways by a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.first(x) if x.sum() > 0 else self.second(x) * x.abs().max().item()
+        return out
+
+
+@pytest.mark.parametrize("signs", [[1, 1, 1, 1], [-1, -1, -1, -1], [1, -1, 1, -1], [-1, 1, 1, 1]])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_decision_by_values_is_each_members_own(signs: list[int], chunk_size: int | None) -> None:
+    members = members_of(Deciding().double(), *[gf.LoRA(rank=2)] * 4)
+    ens = gf.stack(members, chunk_size=chunk_size)
+    xs = torch.tensor(signs).view(4, 1, 1) * torch.arange(1.0, 33, dtype=torch.float64).reshape(4, 2, 4)
+    found = ens.map(xs)
+    assert ens.fallback is None
+    found.square().sum().backward()
+    for index, member in enumerate(members):
+        wanted = member(xs[index])
+        assert_close(found[index], wanted)
+        wanted.square().sum().backward()
+        for name, parameter in member.named_trainable_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            stacked = ens.adapter[name].grad
+            assert_close(torch.zeros_like(grad) if stacked is None else stacked[index], grad)
+
+
+# --- ranks and scales that differ
+
+RANKED: dict[str, list[Any]] = {
+    "LoRA": [gf.LoRA(rank=1), gf.LoRA(rank=4, alpha=3.0), gf.LoRA(rank=2, alpha=3.0, rslora=True)],
+    "LoRA starts": [gf.LoRA(rank=2, init="gaussian"), gf.LoRA(rank=4, init="orthogonal"), gf.LoRA(rank=1)],
+    "LoRA pissa": [gf.LoRA(rank=1, init="pissa", alpha=2.0), gf.LoRA(rank=3, init="pissa")],
+    "DoRA": [gf.DoRA(rank=1), gf.DoRA(rank=3, alpha=2.0)],
+    "VeRA": [gf.VeRA(rank=2), gf.VeRA(rank=5)],
+    "LoHa": [gf.LoHa(rank=1), gf.LoHa(rank=3, alpha=2.0)],
+    "HiRA": [gf.HiRA(rank=1), gf.HiRA(rank=3)],
+    "AdaLoRA": [gf.AdaLoRA(rank=1, alpha=2.0), gf.AdaLoRA(rank=3)],
+    "LoKr": [gf.LoKr(rank=1, alpha=2.0, decompose_factor=2), gf.LoKr(rank=1, alpha=3.0, decompose_factor=2)],
+}
+PLACES: dict[str, list[Any]] = {
+    name: [{"layers.0": method}, {"layers.2": method}, {"layers.*": method}]
+    for name, method in {
+        "LoRA": gf.LoRA(rank=2), "DoRA": gf.DoRA(rank=2), "IA3": gf.IA3(), "OFT": gf.OFT(2), "Full": gf.Full(),
+        "VeRA": gf.VeRA(rank=3), "SVDiff": gf.SVDiff(), "HRA": gf.HRA(2), "LoHa": gf.LoHa(rank=2), "BOFT": gf.BOFT(2),
+    }.items()
+}  # fmt: skip
+PLACES["VeRA"] = [{"layers.0": gf.VeRA(rank=3)}, {"layers.*": gf.VeRA(rank=3)}]
+PLACES["LoRA ranks"] = [{"layers.0": gf.LoRA(rank=1)}, {"layers.2": gf.LoRA(rank=3)}, gf.LoRA(rank=2, alpha=5.0)]
+PLACES["DoRA ranks"] = [{"layers.0": gf.DoRA(rank=1)}, {"layers.*": gf.DoRA(rank=3)}]
+UNEVEN = RANKED | {f"{name} in places": strategies for name, strategies in PLACES.items()}
+
+
+def uneven(name: str) -> list[gf.AdaptedModel]:
+    return members_of(nn_mlp(), *UNEVEN[name])
+
+
+def nn_mlp() -> nn.Module:
+    """An MLP whose sizes all methods can divide."""
+    torch.manual_seed(0)
+    return MLP(8, 8, 4).double()
+
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(3, 8).sin()
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_members_are_as_each_alone(name: str) -> None:
+    members = uneven(name)
+    ens = gf.stack(members)
+    check_same(ens, members, X)
+    for member, back in zip(members, ens.unstack(), strict=True):
+        assert list(back.adapter) == list(member.adapter)
+        assert all(torch.equal(back.adapter[key], tensor) for key, tensor in member.adapter.items())
+        assert torch.equal(back(X), member(X))
+        assert back.parts == member.parts
+        assert back.strategy == member.strategy
+
+
+class NoisySGD(torch.optim.SGD):
+    """SGD that adds noise to every element (Langevin dynamics), whether it has a gradient or not."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's is overloaded
+        super().step(closure)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_members_train_as_each_alone(name: str, optimizer: str) -> None:
+    members, make = uneven(name), OPTIMIZERS[optimizer]
+    ens = gf.stack(members)
+    steps = make(ens.trainable_parameters())
+    for _ in range(STEPS):
+        steps.zero_grad()
+        (ens(X) - 1).square().sum().backward()
+        steps.step()
+    for index, member in enumerate(members):
+        alone = make(member.trainable_parameters())
+        for _ in range(STEPS):
+            alone.zero_grad()
+            (member(X) - 1).square().sum().backward()
+            alone.step()
+        assert_close(ens(X)[index], member(X), 1e-9, f"member {index}")
+        assert_close(ens[index](X), member(X), 1e-9, f"member {index}, unstacked")
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_what_an_optimizer_does_to_the_padding_changes_nothing(name: str) -> None:
+    ens = gf.stack(uneven(name))
+    steps = NoisySGD(ens.trainable_parameters(), lr=1e-3)
+    for _ in range(5):
+        steps.zero_grad()
+        ens(X).square().sum().backward()
+        steps.step()
+    found = ens(X)
+    for index, member in enumerate(ens.unstack()):
+        assert_close(found[index], member(X), 1e-9, f"member {index} and what of it was cut out of the stack")
+    check_same(ens, ens.unstack(), X)
+
+
+def test_a_frozen_tensor_that_all_share_is_kept_once() -> None:
+    ens = gf.adapt_ensemble(nn_mlp(), gf.VeRA(rank=3), 4)
+    shapes = {name: tuple(tensor.shape) for name, tensor in ens.adapter.items()}
+    assert shapes["layers.0.vera_lambda_d"] == (4, 3)
+    frozen = {name: shape for name, shape in shapes.items() if not ens.adapter[name].requires_grad}
+    assert all(shape[0] != 4 or len(shape) == 2 for shape in frozen.values()), frozen
+    check_same(ens, ens.unstack(), X)
+
+
+def test_a_members_gradient_is_zero_for_the_others_outputs() -> None:
+    ens = gf.stack(uneven("LoRA"))
+    names, parameters = zip(*ens.named_trainable_parameters(), strict=True)
+    for index in range(len(ens)):
+        grads = torch.autograd.grad(ens(X)[index].square().sum(), parameters)
+        for name, grad in zip(names, grads, strict=True):
+            others = [row for row in range(len(ens)) if row != index]
+            assert grad[index].any(), f"{name} of member {index} gets nothing"
+            assert not grad[others].any(), f"{name}: member {index}'s output gives others a gradient"
+
+
+# --- errors
+
+
+def batch_norm(training: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(training)
+
+
+def other_structure() -> list[gf.AdaptedModel]:
+    model = nn_mlp()
+    return [gf.adapt(model, gf.LoRA()), gf.adapt(model, {"layers.0": gf.Bottleneck(2)})]
+
+
+def other_mode() -> list[gf.AdaptedModel]:
+    model = nn_mlp()
+    return [gf.adapt(model, gf.LoRA()), gf.adapt(model, gf.LoRA()).eval()]
+
+
+def of_one(*strategies: Any) -> Callable[[], list[gf.AdaptedModel]]:
+    return lambda: members_of(nn_mlp(), *strategies)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (list, "needs at least one adapted model"),
+        (lambda: [gf.adapt(nn_mlp(), gf.LoRA()), gf.adapt(nn_mlp(), gf.LoRA())], "member 1 was adapted from another model"),
+        (of_one(gf.LoRA(), gf.IA3()), r"members 0 and 1 adapt 'layers.\d.weight' by other tensors .*gf.AdapterBank"),
+        (of_one(gf.LoRA(rank=2), gf.HiRA(rank=2)), "by other tensors"),
+        (of_one(gf.LoRA(rank=8, dropout=0.5), gf.LoRA(rank=8)), "only rank, scale and initialisation may differ"),
+        (of_one(gf.OFT(2), gf.OFT(4)), "its tensors cannot be filled up with zeros"),
+        (of_one(gf.C3A(2), gf.C3A(4)), "its tensors cannot be filled up with zeros"),
+        (of_one({"layers.0": gf.C3A(4)}, {"layers.2": gf.C3A(4)}), "cannot stand there without changing anything"),
+        (other_structure, "member 1 cannot share a stack with member 0"),
+        (other_mode, "is in training mode in one of them only. Call train.. or eval.. on both"),
+    ],
+)
+def test_members_that_cannot_share_a_stack(members: Callable[[], list[gf.AdaptedModel]], message: str) -> None:
+    with pytest.raises(gf.AdaptError, match=message):
+        gf.stack(members())
+
+
+def test_stack_takes_adapted_models() -> None:
+    with pytest.raises(TypeError, match=r"item 1 is a Linear; adapt\(\) makes one"):
+        gf.stack([gf.adapt(nn.Linear(2, 2), gf.LoRA()), nn.Linear(2, 2)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_an_ensemble_has_members(size: Any) -> None:
+    with pytest.raises(gf.AdaptError, match=f"at least 1, got size={size}"):
+        gf.adapt_ensemble(nn_mlp(), gf.LoRA(), size)
+
+
+def test_map_wants_the_members_first() -> None:
+    ens = gf.stack(uneven("LoRA"))
+    with pytest.raises(gf.AdaptError, match=r"needs a leading axis of 3, and one has shape \(2, 3, 8\)"):
+        ens.map(X.expand(2, 3, 8))
+    with pytest.raises(gf.AdaptError, match=r"shape \(\)"):
+        ens.map(torch.tensor(1.0))
+    with pytest.raises(gf.AdaptError, match="map was given no tensor"):
+        ens.map(3)
+
+
+def test_an_output_that_hides_its_tensors() -> None:
+    row = BY_NAME["llama"]
+    ens = gf.adapt_ensemble(row.model(), row.strategy("lora"), 2)
+    args, kwargs = row.call()
+    with pytest.raises(gf.AdaptError, match=r"holds a DynamicCache.*use_cache=False"):
+        ens(*args, **{**kwargs, "use_cache": True})
