@@ -371,3 +371,16 @@ def test_an_output_that_hides_its_tensors() -> None:
     args, kwargs = row.call()
     with pytest.raises(gf.AdaptError, match=r"holds a DynamicCache.*use_cache=False"):
         ens(*args, **{**kwargs, "use_cache": True})
+
+
+def test_a_bias_trained_along_with_a_rank_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    members = [gf.adapt(model, gf.LoRA(rank=rank, train_bias=True, init="random")) for rank in (2, 3)]
+    for member in members:
+        with torch.no_grad():
+            for parameter in member.trainable_parameters():
+                parameter.add_(0.1)
+    ens, x = gf.stack(members), torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(ens(x), torch.stack([member(x) for member in members]), rtol=0, atol=1e-12)
+    assert [m.adapter["0.lora_A"].shape[0] for m in ens] == [2, 3]

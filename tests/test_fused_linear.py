@@ -13,9 +13,11 @@ from gift_func.weights import LowRank, fused_linear
 SCALE = 0.7
 
 
-@pytest.fixture(autouse=True)
-def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[1, 3])
+def _few_are_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_linear, "MANY", 1)
+    monkeypatch.setattr(fused_linear, "MANY_PIECES", 1)
+    monkeypatch.setattr(fused_linear, "PIECES", request.param)
 
 
 def arguments(bias: bool = True) -> list[Tensor]:

@@ -8,7 +8,7 @@ did to them would change nothing. A member without the place has the base's own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -102,15 +102,15 @@ def share(models: Sequence[AdaptedModel]) -> tuple[Recipe, dict[str, nn.Paramete
         for part in model.parts:
             at.setdefault(part.name, [None] * len(models))[index] = part
     order = {name: position for position, name in enumerate(models[0]._body.structure.places)}
-    parts: list[Part] = []
     stacked: dict[str, nn.Parameter] = {}
     once: set[str] = set()
     gains: dict[str, Tensor] = {}
     stand_ins: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in sorted(at, key=lambda name: order.get(name, len(order))):
-        place = _Place(name, at[name], models)
-        parts.append(place.part)
-        rows = place.rows(base)
+    places = [_Place(name, at[name], models) for name in sorted(at, key=lambda name: order.get(name, len(order)))]
+    parts = [place.part for place in places]
+    # Those that know where the rank is say what becomes of tensors that companions see too (a bias trained along).
+    for place in sorted(places, key=lambda place: not place.axes):
+        rows = place.rows(base, stacked)
         for local, (first, *others) in rows.items():
             full = place.part.names[local]
             trained = any(model.adapter[full].requires_grad for model in models if full in model.adapter)
@@ -118,7 +118,8 @@ def share(models: Sequence[AdaptedModel]) -> tuple[Recipe, dict[str, nn.Paramete
                 once.add(full)
             stacked[full] = nn.Parameter(clone(first) if full in once else torch.stack(rows[local]), requires_grad=trained)
         for local, gain in place.gains().items():
-            gains[place.part.names[local]] = gain.to(rows[local][0])
+            if local in rows:
+                gains[place.part.names[local]] = gain.to(rows[local][0])
         for local, stand_in in place.stand_ins(rows).items():
             stand_ins[place.part.names[local]] = stand_in
     members = tuple(
@@ -166,13 +167,20 @@ class _Place:
                     f"other {part.method}, and {reason}. Stack equal ones, or keep them side by side in a gf.AdapterBank."
                 )
 
-    def rows(self, base: FrozenBase) -> dict[str, list[Tensor]]:
-        """For each of the tensors that the method makes here one of every member, all of one shape."""
+    def rows(self, base: FrozenBase, seen: Container[str]) -> dict[str, list[Tensor]]:
+        """For each of the tensors that the method makes here one of every member, all of one shape.
+
+        Args:
+            base: the frozen base.
+            seen: global names that other places have said already.
+        """
         found: dict[str, list[Tensor]] = {}
         start: dict[str, Tensor] | None = None
         for local, full in self.part.names.items():
             like, rows = self.wide[local], []
             for model in self.models:
+                if full in seen:  # it is another place's to say
+                    break
                 if full in model.adapter:  # without the place too, where tensors are shared by several places
                     rows.append(self._padded(model.adapter[full].detach(), like.shape, local))
                 elif local in self.axes or local in self.scaled:

@@ -84,19 +84,33 @@ class StackedLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        """A stack of stacks is one stack."""
+        """A stack of stacks is one stack; a batch of x for the same adapters is one longer x."""
         x, weight, bias, left, right, scale = inputs
         x_dim, weight_dim, bias_dim, left_dim, right_dim, _ = in_dims
-        if weight_dim is not None or bias_dim is not None:
+        if weight_dim is not None:
             return over(_plain, in_dims, inputs), (0, 0)
-        size, members = info.batch_size, left.shape[0 if left_dim is None else int(left_dim == 0)]
-        left, right = (front(t, d, size).flatten(0, 1) for t, d in ((left, left_dim), (right, right_dim)))
-        x = front(x, x_dim, size) if x_dim is not None or x.ndim == 3 else x
-        if x_dim is not None and x.ndim == 3:  # one x for each inner stack
-            x = x.unsqueeze(1).expand(-1, members, -1, -1)
-        x = x.flatten(0, 1) if x.ndim == 4 else x
-        y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
-        return (y.unflatten(0, (size, members)), h.unflatten(0, (size, members))), (0, 0)
+        size, shift = info.batch_size, None
+        if bias_dim is not None:
+            shift, bias = bias.movedim(bias_dim, 0)[:, None, None], None
+        if left_dim is None and right_dim is None and x_dim is not None:
+            x = x.movedim(x_dim, 0)
+            # (size, N, T, in) -> (N, size * T, in); one x that all adapters share stays one.
+            x = x.flatten(0, 1) if x.ndim == 3 else x.movedim(0, 1).flatten(1, 2)
+            y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
+            y, h = y.unflatten(1, (size, -1)).movedim(1, 0), h.unflatten(2, (size, -1)).movedim(2, 0)
+        else:
+            left, right = front(left, left_dim, size), front(right, right_dim, size)
+            members = left.shape[1]
+            if x_dim is None:
+                x = x.squeeze(0) if x.ndim == 3 and members == 1 else x
+                x = x if x.ndim == 2 else x.expand(size, *x.shape).flatten(0, 1)
+            else:
+                x = x.movedim(x_dim, 0)
+                x = x.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1) if x.ndim == 3 else x.flatten(0, 1)
+            left, right = left.flatten(0, 1), right.flatten(0, 1)
+            y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
+            y, h = y.unflatten(0, (size, members)), h.unflatten(0, (size, members))
+        return (y if shift is None else y + shift, h), (0, 0)
 
 
 def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
