@@ -18,8 +18,11 @@ from .files import save_adapter as save_adapter
 from .functional import functional_call as functional_call
 from .many.bank import AdapterBank as AdapterBank
 from .many.ensemble import Ensemble as Ensemble
+from .many.report import SweepResult as SweepResult
 from .many.stacking import adapt_ensemble as adapt_ensemble
 from .many.stacking import stack as stack
+from .many.store import AdapterStore as AdapterStore
+from .many.sweep import sweep as sweep
 from .methods import BOFT as BOFT
 from .methods import C3A as C3A
 from .methods import HRA as HRA

@@ -167,8 +167,8 @@ def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> li
             groups.setdefault((name, tensor.shape, tensor.dtype, tensor.device), []).append((index, name))
     found: list[dict[str, nn.Parameter]] = [{} for _ in entries]
     for members in groups.values():
-        with torch.no_grad():
-            slab = torch.stack([entries[index].tensors[name].detach() for index, name in members])
+        # Detached, so that no gradient is recorded.
+        slab = torch.stack([entries[index].tensors[name].detach() for index, name in members])
         for row, (index, name) in zip(slab.unbind(0), members, strict=True):
             found[index][name] = nn.Parameter(row, requires_grad=entries[index].tensors[name].requires_grad)
     return [
@@ -177,12 +177,18 @@ def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> li
     ]
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one, `(K, ...)`: without a copy if they lie at equal distances in one memory."""
-    if len(tensors) == 1:
+def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
+    """Tensors of one shape as one, `(K, ...)`: without a copy if they lie at equal distances in one memory.
+
+    Args:
+        tensors: of one shape.
+        lasting: let a stack without a copy be of use after the tensors were written to, as an optimizer does. Autograd then
+            cannot notice a write between a forward and its backward.
+    """
+    if len(tensors) == 1 and not lasting:
         return tensors[0].unsqueeze(0)
     if lies_stacked(tensors):
-        made: Tensor = _AsTheyLie.apply(*tensors)  # type: ignore[no-untyped-call]
+        made: Tensor = _AsTheyLie.apply(lasting, *tensors)  # type: ignore[no-untyped-call]
         return made
     return torch.stack(list(tensors))
 
@@ -205,14 +211,14 @@ class _AsTheyLie(torch.autograd.Function):
     """`torch.stack` of tensors that already are a stack."""
 
     @staticmethod
-    def forward(ctx: object, *tensors: Tensor) -> Tensor:
-        first, second = tensors[0].detach(), tensors[1]
+    def forward(ctx: object, lasting: bool, *tensors: Tensor) -> Tensor:
+        first, second = tensors[0].data if lasting else tensors[0].detach(), tensors[min(1, len(tensors) - 1)]
         step = (second.data_ptr() - first.data_ptr()) // first.element_size()
         return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad.unbind(0)
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.unbind(0)
 
 
 def _own_modules(structure: Structure, base: Structure) -> bool:

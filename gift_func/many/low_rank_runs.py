@@ -48,9 +48,8 @@ class LowRankRuns:
     @property
     def is_good(self) -> bool:
         """Whether the stack is what the adapters' tensors are now, and carries gradients to them where they are wanted."""
-        if not self._copied:
-            return True
-        return not torch.is_grad_enabled() and self._read_versions() == self._versions
+        # A view of tensors that an optimizer wrote to since is of no more use to autograd, though its values are the new ones.
+        return self._read_versions() == self._versions and not (self._copied and torch.is_grad_enabled())
 
     def linear(self, mix: Mix, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ W_n.mT + bias`, n the run of the row of x, which lie along its first axis in order."""

@@ -39,26 +39,32 @@ def low_rank_linear(
         right: A, `(r, in)`.
         scale: s.
     """
+    if torch.compiler.is_compiling():
+        return None
+    tokens = x.shape[:-1].numel()
+    transformed = is_transformed(x) or is_transformed(right) or is_transformed(left)
+    if tokens < MANY and right.requires_grad and not transformed and torch.is_grad_enabled():
+        return None
     tensors = [x, weight, left, right] if bias is None else [x, weight, left, right, bias]
-    if torch.compiler.is_compiling() or isinstance(scale, Tensor) or weight.requires_grad or x.ndim < 2:
+    if isinstance(scale, Tensor) or weight.requires_grad or x.ndim < 2:
         return None
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != weight.dtype for t in tensors):
         return None
     if autocasts(x) or weight.ndim != 2 or left.ndim != 2:
         return None
     flat = x.reshape(-1, x.shape[-1])
-    if any(map(is_transformed, tensors)):
+    if transformed or any(map(is_transformed, tensors)):
         # A batch of x, or of adapters that share x, is hidden in the tensors' wholes.
         batch = max(whole_numel(t) // max(t.numel(), 1) for t in (x, left, right))
-        if flat.shape[0] * batch < MANY_TRANSFORMED:
+        if tokens * batch < MANY_TRANSFORMED:
             return None
         pieces = 1
     elif not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         y = F.linear(flat, weight, bias)
         y.addmm_(F.linear(flat, right), left.mT, alpha=scale)
         return y.view(*x.shape[:-1], weight.shape[0])
-    elif flat.shape[0] >= MANY:
-        pieces = PIECES if x.device.type == "cpu" and flat.shape[0] >= MANY_PIECES and flat.shape[0] % PIECES == 0 else 1
+    elif tokens >= MANY:
+        pieces = PIECES if x.device.type == "cpu" and tokens >= MANY_PIECES and tokens % PIECES == 0 else 1
     else:
         return None
     x3, left3, right3 = flat.unflatten(0, (pieces, -1)), left.expand(pieces, -1, -1), right.expand(pieces, -1, -1)

@@ -6,6 +6,7 @@ output; no adapter's factors are copied per row.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,10 @@ class MixedLinear(torch.autograd.Function):
             grads = zip(_parts(thin, sizes), _parts(x, sizes), strict=True)
             grad_right = torch.stack([a.mT @ b for (_, a), (_, b) in grads])
         return grad_x, None, grad_bias, grad_left, grad_right, None, None
+
+
+# As in `stacked_linear`: torch asks for it in every call.
+MixedLinear.forward.__signature__ = inspect.signature(MixedLinear.forward)  # type: ignore[attr-defined]
 
 
 def _forward(

@@ -6,6 +6,7 @@ added into its fresh output; only x and the r-wide product are kept.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -111,6 +112,10 @@ class StackedLinear(torch.autograd.Function):
             y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
             y, h = y.unflatten(0, (size, members)), h.unflatten(0, (size, members))
         return (y if shift is None else y + shift, h), (0, 0)
+
+
+# Torch asks for the signature in every call, and this is where it looks first: 25 of 35 microseconds.
+StackedLinear.forward.__signature__ = inspect.signature(StackedLinear.forward)  # type: ignore[attr-defined]
 
 
 def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -256,6 +256,9 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def add_scaled(base: Tensor, change: Tensor, scale: float | Tensor) -> Tensor:
     """`base + scale·change`, computed in the wider and returned in the base's element type."""
     if not isinstance(scale, Tensor):
+        # Inductor (torch 2.13) loses `alpha` where it folds this into a product with its bias.
+        if base.dtype == change.dtype and not torch.compiler.is_compiling():
+            return torch.add(base, change, alpha=scale)
         if scale != 1.0:
             change = change * scale
     else:

@@ -49,7 +49,8 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
     if slot is mat2 and input.ndim == 1 and slot.ndim == 2 and beta == 1 and alpha == 1:
         return slot.weight.mT.linear(dense_of(mat1), input)
     product = matmul(mat1, mat2)
-    return torch.add(input if beta == 1 else input * beta, product, alpha=alpha)
+    # Not by `alpha`, which inductor (torch 2.13) loses where it folds the sum into a product with its bias.
+    return (input if beta == 1 else input * beta) + (product if alpha == 1 else product * alpha)
 
 
 def _act(weight: Weight, x: Tensor) -> Tensor:
