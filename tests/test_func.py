@@ -354,3 +354,29 @@ def test_adapters_of_one_shape_and_another_scale_share_a_forward() -> None:
     doubled = gf.adapt(model, gf.LoRA(rank=2, alpha=2, init="random")).with_adapter(adapted.adapter_state_dict())
     x = torch.ones(1, 4, dtype=torch.float64)
     assert_close(doubled(x) - model(x), 2 * (adapted(x) - model(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+@pytest.mark.parametrize(
+    "method",
+    [
+        gf.DoRA(rank=2), gf.HiRA(rank=2), gf.LoHa(rank=2), gf.LoKr(rank=2), gf.IA3(), gf.OFT(block_size=4), gf.BOFT(),
+        gf.HRA(rank=2), gf.SVDiff(), gf.FourierFT(n_frequency=7), gf.C3A(block_size=4), gf.MiSS(rank=2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_inductor_agrees_on_every_kind_of_weight(method: gf.Method) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    adapted = gf.adapt(model, method)
+    with torch.no_grad():
+        for parameter in adapted.trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(5, 8)
+    compiled = torch.compile(lambda params, x: gf.functional_call(adapted, params, (x,)), fullgraph=True)
+    params = dict(adapted.named_trainable_parameters())
+    found, wanted = compiled(params, x), adapted(x)
+    assert_close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), list(params.values())) for y in (found, wanted)), strict=True):
+        assert_close(a, b, tolerance=1e-4)
