@@ -149,7 +149,8 @@ class FrozenBase:
     def _written_alike(self, other: FrozenBase, name: str) -> bool:
         """Whether an embedding's rows are the same to the norm that looking them up cuts them to."""
         module = self.structure.places[name][0][0]
-        assert isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        assert module.max_norm is not None
         norm, most = module.norm_type, module.max_norm
         ours, theirs = (torch.renorm(base.tensors[name].detach(), norm, 0, most) for base in (self, other))
         return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), rtol=1e-4, atol=0.0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import AdaptError
 
@@ -159,11 +160,26 @@ def _deep(value: Any, memo: _Memo) -> Any:
     elif isinstance(value, weakref.ref):
         target = memo.get(id(value()))
         made = value if target is None else weakref.ref(target)
+    elif kind is RemovableHandle:
+        made = memo[id(value)] = _handle(value, memo)
     elif isinstance(value, torch.Generator):
         made = memo[id(value)] = value.clone_state()
     else:
         return copy.deepcopy(value, memo)
     memo.kept.append(value)
+    return made
+
+
+def _handle(handle: RemovableHandle, memo: _Memo) -> RemovableHandle:
+    """A hook's handle, for the copied tree's hooks; `copy.deepcopy` would leave one whose reference is dead."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is None:
+        return handle
+    made = object.__new__(RemovableHandle)
+    made.id = handle.id
+    made.hooks_dict_ref = weakref.ref(_deep(hooks, memo))
+    extra = (reference() for reference in handle.extra_dict_ref)
+    made.extra_dict_ref = tuple(weakref.ref(_deep(found, memo)) for found in extra if found is not None)
     return made
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,8 @@ from ..base import BaseView, FrozenBase
 from ..errors import AdaptError, nearest
 from ..structure import clone
 from .entry import Entry, side_by_side
+from .gathered import Gathered
+from .keeping import Conversion, Kept
 from .mixing import Network
 from .planning import Batch, arrange
 
@@ -35,6 +35,12 @@ class AdapterBank(Mapping[str, AdaptedModel]):
     cannot be shared (modules or statistics of an adapter's own, BatchNorm in training, checkpointing), each adapter's
     samples take one of their own, with the same results.
 
+    A sample's result does not depend on the values of other samples or adapters: not a bit of it changes with them, and
+    gradients toward them are exactly zero. Which adapters a batch has, and in what numbers, decides how many rows each
+    product has, so to change that may change results within rounding; so may the first call of a kind, which is followed
+    step by step, against those after it. Threads may use a bank at once. Adapters of one shape share memory, so an
+    optimizer's step on one, while a backward of another is under way, is an error of autograd's; train apart in banks apart.
+
     Args:
         adapters: names and adapted models of one base; their tensors are copied and kept stacked.
         base: what a bank without adapters is for: a model, or a frozen base.
@@ -52,6 +58,8 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         ['french']
     """
 
+    _gathered: Gathered | None = None
+
     def __init__(
         self, adapters: Mapping[str, AdaptedModel] | None = None, *, base: nn.Module | FrozenBase | None = None
     ) -> None:
@@ -67,7 +75,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             _check_base(name, frozen, entry.base)
         self._entries: dict[str, Entry] = dict(zip(given, side_by_side(entries, frozen), strict=True))
         self._network = Network(frozen, training)
-        self._models = _Kept()
+        self._models = Kept()
 
     # --- as a mapping
 
@@ -150,7 +158,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     def to(self, *args: Any, **kwargs: Any) -> AdapterBank:
         """A bank on another device or of another element type, as `nn.Module.to` has it."""
-        function = _Conversion.of(*args, **kwargs)
+        function = Conversion.of(*args, **kwargs)
         base = self._network.base.apply(function)
         moved = [entry.apply(function, base) for entry in self._entries.values()]
         return self._like(dict(zip(self._entries, side_by_side(moved), strict=True)), network=Network(base, self.training))
@@ -178,6 +186,8 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             KeyError: for an unknown name, with the nearest.
             AdaptError: if there are not as many names as samples, or the samples cannot be told apart at a weight.
         """
+        if torch.compiler.is_compiling():
+            return self._prepared(adapters)(torch.as_tensor(adapters), args, kwargs)
         return self._network.run(self._batch(adapters), args, kwargs, self._apart)
 
     def generate(self, *args: Any, adapters: Names | Tensor, **kwargs: Any) -> Any:
@@ -192,6 +202,36 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             AttributeError: if the model has no `generate`.
         """
         return self._network.run(self._batch(adapters), args, kwargs, self._apart, method="generate")
+
+    def prepare(self) -> AdapterBank:
+        """Make ready for `torch.compile`, and return the bank itself: a call in a compiled function is then one graph.
+
+        There `adapters` is an index tensor, and no mix of adapters compiles anew. Every sample runs as a batch of one under
+        `torch.vmap`, its adapter's tensors gathered from stacks, so the adapters must be such as `gf.stack` takes (ranks,
+        scales and places may differ) and the network one that torch can batch: no RNN, no mixture of experts that sorts
+        its tokens. Indices are not checked there. Dynamo may warn of tensors that are not leaves; they are the stacks, and
+        gradients arrive at the parameters.
+
+        Raises:
+            AdaptError: if the adapters cannot share a stack; it names the place and what differs.
+
+        Example:
+            >>> import torch, gift_func as gf
+            >>> model = torch.nn.Linear(4, 2)
+            >>> bank = gf.AdapterBank({f"r{rank}": gf.adapt(model, gf.LoRA(rank=rank)) for rank in (1, 2)}).prepare()
+            >>> step = torch.compile(lambda x, index: bank(x, adapters=index), fullgraph=True)
+            >>> bank(torch.randn(3, 4), adapters=torch.tensor([1, -1, 0])).shape  # or step(x, index)
+            torch.Size([3, 2])
+        """
+        if not self._entries:
+            raise AdaptError("a bank without adapters has nothing to choose from by index; compile its base")
+        for name, entry in self._entries.items():
+            if entry.apart:
+                raise AdaptError(
+                    f"under torch.compile the adapters of a bank share a stack, and {name!r} cannot: {entry.apart}"
+                )
+        self._gathered = self._network.gathered([self._apart(entry) for entry in self._entries.values()])
+        return self
 
     @property
     def base(self) -> BaseView:
@@ -218,7 +258,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             same = training is None or training == self.training
             network = self._network if same else self._network.in_mode(bool(training))
         made._network = network
-        made._models = self._models if network is self._network else _Kept()
+        made._models = self._models if network is self._network else Kept()
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank:
@@ -228,7 +268,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
                 theirs.tensors[name].grad = None if tensor.grad is None else clone(tensor.grad)
                 memo[id(tensor)] = theirs.tensors[name]
         made = memo[id(self)] = self._like(dict(zip(self._entries, copied, strict=True)))
-        made._models = _Kept()
+        made._models = Kept()
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -248,6 +288,13 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             raise TypeError(f"adapters is a sequence with one name for each sample, got the text {adapters!r}")
         return arrange([None if name is None else self._entry(name) for name in adapters])
 
+    def _prepared(self, adapters: Names | Tensor) -> Gathered:
+        if self._gathered is None:
+            raise AdaptError("a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function")
+        if not isinstance(adapters, Tensor):
+            raise AdaptError("under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone")
+        return self._gathered
+
     def _by_index(self, index: Tensor) -> list[Entry | None]:
         if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
             raise AdaptError(f"indices of adapters are whole numbers of shape (batch,), got {index.dtype} {tuple(index.shape)}")
@@ -264,50 +311,11 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         return self._models.put(entry, self._network.model(entry)) if found is None else found
 
 
-class _Kept:
-    """The models of the adapters asked for last; safe under threads."""
-
-    SIZE = 32
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[Entry, AdaptedModel] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, entry: Entry) -> AdaptedModel | None:
-        with self._lock:
-            found = self._found.get(entry)
-            if found is not None:
-                self._found.move_to_end(entry)
-            return found
-
-    def put(self, entry: Entry, model: AdaptedModel) -> AdaptedModel:
-        with self._lock:
-            kept = self._found.setdefault(entry, model)
-            while len(self._found) > self.SIZE:
-                self._found.popitem(last=False)
-            return kept
-
-
-class _Conversion(nn.Module):
-    """What `nn.Module.to` does to each tensor."""
-
-    function: Callable[[Tensor], Tensor]
-
-    @staticmethod
-    def of(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
-        """For arguments as `nn.Module.to` takes them."""
-        return _Conversion().to(*args, **kwargs).function
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.function = fn
-        return self
-
-
 def _restore(kind: type[AdapterBank], base: FrozenBase, training: bool, entries: Mapping[str, Entry]) -> AdapterBank:
     made: AdapterBank = object.__new__(kind)
     made._entries = dict(zip(entries, side_by_side(list(entries.values())), strict=True))
     made._network = Network(base, training)
-    made._models = _Kept()
+    made._models = Kept()
     return made
 
 

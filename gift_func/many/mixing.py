@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..adapted import AdaptedModel
 from ..base import BaseView, FrozenBase
@@ -18,14 +17,13 @@ from ..errors import AdaptError
 from ..fused import runs_fused
 from ..structure import Structure, clone
 from .entry import Entry
+from .gathered import Gathered
 from .mix import Mix, StrayedError
 from .planning import Batch, Plan, Plans, Way
 from .routed import ApartError
-from .rows import Following, Lost, Rows, rows_of, tag
+from .rows import Following, Rows, tag
 from .samples import check_size, doubtful, is_mixed, is_opaque, kind_of, leads, merged, put_back, rows_out, shared
-
-MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-"""What a transformers model's `generate` calls the model's input."""
+from .steps import stepped, stepping
 
 
 class Network:
@@ -57,6 +55,10 @@ class Network:
             entry.keep_statistics()
         return entry.model(self.body.structure.copy(clone)).train(self.training)
 
+    def gathered(self, models: Sequence[AdaptedModel]) -> Gathered:
+        """What runs a batch by indices of these adapters in a compiled function."""
+        return Gathered(self.base, self.body.structure.copy(clone), models)
+
     def view(self) -> BaseView:
         """The network without an adapter."""
         return BaseView(self.base, self.body.structure)
@@ -71,7 +73,7 @@ class Network:
         batch: Batch,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        model_of: Callable[[Entry], AdaptedModel],
+        model_of: Callable[[Entry], Callable[..., Any]],
         method: str | None = None,
     ) -> Any:
         """The network, or one of its methods, on a batch.
@@ -127,7 +129,7 @@ class Network:
                 torch.no_grad(),  # as generate has it: so a call begins in the mode it runs in
                 plan.slots(mix) as slots,
                 self.body.lent(slots, {}, private_buffers=False) as (twin, _),
-                _stepping(twin.structure.module, plan, mix),
+                stepping(twin.structure.module, plan, mix),
             ):
                 found, out_spec = tree_flatten(getattr(twin.structure.module, method)(*args, **kwargs))
             found_rows: Sequence[Rows | None] = [_of_samples(leaf, size) for leaf in found]
@@ -142,7 +144,7 @@ class Network:
                 return self._together(batch, leaves if order is None else _restored(leaves, inputs, order), spec, method)
         back = None if order is None else torch.argsort(order)
         made = [put_back(leaf, rows, back, size) for leaf, rows in zip(found, found_rows, strict=True)]
-        return tree_unflatten([_stepped(leaf, size) if isinstance(leaf, GeneratorType) else leaf for leaf in made], out_spec)
+        return tree_unflatten([stepped(leaf, size) if isinstance(leaf, GeneratorType) else leaf for leaf in made], out_spec)
 
     def _tells(self, kwargs: dict[str, Any]) -> bool:
         """Whether `generate` tells more than the tokens: where in a batch of beams each came from, a cache."""
@@ -245,68 +247,6 @@ def _of_samples(leaf: Any, size: int) -> Rows | None:
     if not isinstance(leaf, Tensor) or leaf.ndim == 0 or not leaf.shape[0] or leaf.shape[0] % size:
         return None
     return Rows(0, leaf.shape[0] // size)
-
-
-def _stepped(steps: Generator[Any, Any, Any], size: int) -> Generator[Any, Any, Any]:
-    """A network's generator, whose samples are followed in each of its steps and not in between."""
-    answer: Any = None
-    while True:
-        try:
-            with Following(size):
-                made = steps.send(answer)
-        except StopIteration as end:
-            return tree_map_only(Tensor, lambda leaf: put_back(leaf, rows_out(leaf), None, size), end.value)
-        answer = yield tree_map_only(Tensor, lambda leaf: put_back(leaf, rows_out(leaf), None, size), made)
-
-
-@contextmanager
-def _stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
-    """While `generate` runs: the input of each of its calls of the network is the batch, beams and all.
-
-    A call of a kind that was followed before goes by what that one met.
-    """
-    under_way: list[tuple[object, Following | None]] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        main = next((kwargs[name] for name in MAIN if isinstance(kwargs.get(name), Tensor)), None)
-        inner = 0 if main is None else main.shape[0] // mix.size
-        kind = (inner, *(kind_of([value], None) for value in kwargs.values() if isinstance(value, Tensor)), tuple(kwargs))
-        way = plan.ways.get(kind)
-        mix.way, mix.met = None if way is None else way.uses, []
-        if way is not None:
-            under_way.append((kind, None))
-            return args, kwargs
-        given = {}
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor):
-                if name in MAIN and value.ndim and value.shape[0] == mix.size * inner:
-                    value = tag(value, Rows(0, inner))
-                elif isinstance(rows_of(value), Lost):
-                    value = tag(value, None)
-            given[name] = value
-        mode = Following(mix.size)
-        mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        under_way.append((kind, mode))
-        return args, given
-
-    def after(_: nn.Module, args: Any, output: Any) -> None:
-        kind, mode = under_way.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if mix.met is not None:
-                plan.ways[kind] = Way(tuple(mix.met), ())
-
-    hooks = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, always_call=True),
-    ]
-    try:
-        yield
-    except StrayedError:
-        raise ApartError from None
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _uses_statistics(structure: Structure) -> str | None:

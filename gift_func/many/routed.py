@@ -23,7 +23,7 @@ from ..weights.value import autocasts
 from .by_runs import by_experts, by_runs
 from .mix import Mix
 from .routed_weight import Placeholder, Routed, member, one_of_equals
-from .rows import Lost, Rows, rows_of
+from .rows import Lost, Rows, rows_of, tag
 
 _REMEDY = "Give this call samples of one adapter, bank[name](...)."
 
@@ -42,6 +42,8 @@ class RoutedSlot(Placeholder):
             made = product(*args)
             if made is not None:
                 return made
+        if func is F.multi_head_attention_forward:
+            kwargs = _with_padding_of_samples(kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         slots = [leaf for leaf in leaves if isinstance(leaf, RoutedSlot)]
         weight, mix = slots[0].weight, slots[0].mix
@@ -73,6 +75,14 @@ class RoutedSlot(Placeholder):
                     )
             return _each(func, leaves, spec, mix)
         return by_runs(func, leaves, spec, followed, mix)
+
+
+def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of attention: its padding mask is `(samples, keys)` even where it could not be told in the input."""
+    mask = kwargs.get("key_padding_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and rows_of(mask) is None and mask.stride(0) != 0:
+        return {**kwargs, "key_padding_mask": tag(mask, Rows(0, 1))}
+    return kwargs
 
 
 def _look_for_checkpoints(slots: Sequence[RoutedSlot]) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec
 
 from ..errors import AdaptError
 from .following.layout import put
 from .routed import RoutedSlot
 from .rows import Lost, Rows, rows_of
+
+_PLAIN = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 def check_size(leaves: Sequence[Any], size: int) -> None:
@@ -46,10 +49,8 @@ def shared(leaves: Sequence[Any], size: int) -> set[int] | None:
 
 
 def is_opaque(leaf: Any) -> bool:
-    """Whether a leaf may hold tensors where no tree finds them: a key-value cache, say."""
-    return not isinstance(
-        leaf, (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-    ) and hasattr(leaf, "__dict__")
+    """Whether a leaf may hold samples where no tree finds them (a key-value cache), or ask for them by number."""
+    return not isinstance(leaf, _PLAIN)
 
 
 def is_mixed(leaf: Any) -> bool:
@@ -72,8 +73,6 @@ def put_back(leaf: Any, rows: Rows | None, back: Tensor | None, size: int) -> An
         size: the number of samples.
     """
     if not isinstance(leaf, Tensor):
-        if back is not None and hasattr(leaf, "reorder_cache"):
-            leaf.reorder_cache(back)
         return leaf
     put(leaf, None)
     return leaf if back is None or rows is None else _reordered(leaf, rows, back, size)
@@ -104,26 +103,54 @@ def _reordered(leaf: Tensor, rows: Rows, back: Tensor, size: int) -> Tensor:
     return leaf.index_select(rows.axis, places.to(leaf.device))
 
 
-def merged(parts: Sequence[tuple[Any, int]], back: Tensor) -> Any:
-    """An output of several groups of samples as that of the batch."""
+def merged(parts: Sequence[tuple[Any, int]], back: Tensor, fill: int | None = None) -> Any:
+    """An output of several groups of samples as that of the batch.
+
+    Args:
+        parts: each group's, and how many samples it has.
+        back: for each sample of the caller's its place in the groups' order.
+        fill: what ends a row of token ids that is shorter than those of other groups; None where the output is no such.
+
+    Raises:
+        AdaptError: if it cannot be told which of it belongs to which sample.
+    """
     first = parts[0][0]
     if not isinstance(first, Tensor):
-        return first
+        return _the_one(parts)
+    if fill is not None and first.ndim == 2 and not first.is_floating_point():
+        length = max(leaf.shape[1] for leaf, _ in parts)
+        rows = [rows_of(leaf) for leaf, _ in parts]
+        parts = [(F.pad(leaf, (0, length - leaf.shape[1]), value=fill), count) for leaf, count in parts]
+        for (leaf, _), known in zip(parts, rows, strict=True):
+            put(leaf, known)
     found = {_rows_of_part(leaf, count) for leaf, count in parts}
-    if len(found) != 1 or None in found:
+    pair = found.pop()
+    if found or pair is None:
         raise AdaptError(
             f"an output of shape {tuple(first.shape)} cannot be told apart by sample, and these adapters cannot share a pass. "
             "Call bank[name](...) with the samples of each; compute what is of the whole batch (a loss) from the outputs."
         )
-    axis, inner = next(pair for pair in found if pair is not None)
-    whole = torch.cat([leaf for leaf, _ in parts], dim=axis)
-    return _reordered(whole, Rows(axis, inner), back, back.numel())
+    axis, inner = pair
+    # Time-major rows [T * B] start anew with each step.
+    whole = torch.cat([leaf.unflatten(axis, (-1, count, inner)) for leaf, count in parts], dim=axis + 1)
+    return whole.index_select(axis + 1, back.to(whole.device)).flatten(axis, axis + 2)
+
+
+def _the_one(parts: Sequence[tuple[Any, int]]) -> Any:
+    first = parts[0][0]
+    if is_opaque(first) and any(leaf is not first for leaf, _ in parts):
+        raise AdaptError(
+            f"the output holds a {type(first).__name__}, of which it cannot be told what belongs to which sample, and these "
+            "adapters cannot share a pass. Call bank[name](...) with the samples of each; of a transformers model, pass "
+            "use_cache=False, or let generate return no dict."
+        )
+    return first
 
 
 def _rows_of_part(leaf: Tensor, count: int) -> tuple[int, int] | None:
     """Axis and number of neighbours of each sample in an output; None if they cannot be told."""
     rows = rows_of(leaf)
-    if isinstance(rows, Rows) and rows.owners is None and leaf.shape[rows.axis] == count * rows.inner:
+    if isinstance(rows, Rows) and rows.owners is None and leaf.shape[rows.axis] % (count * rows.inner) == 0:
         return rows.axis, rows.inner
     plain = leaf.ndim > 0 and leaf.shape[0] == count and list(leaf.shape).count(count) == 1
     return (0, 1) if rows is None and plain else None
