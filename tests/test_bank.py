@@ -482,3 +482,29 @@ def test_mlp_is_not_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLP, "forward", counted)
     bank(x_of(5), adapters=["fr", "de", None, "it", "fr"])
     assert calls == [(5, 6)]
+
+
+class Turning(nn.Module):
+    """A network that turns its batch around if a value says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x.flip(0) if bool((x[..., 0] > 0).any()) else x)
+        return found
+
+
+def test_a_call_that_goes_another_way_by_its_values_is_followed_anew() -> None:
+    torch.manual_seed(0)
+    model = Turning().double()
+    adapters = {name: gf.adapt(model, gf.LoRA(rank=2, init="random")) for name in "abc"}
+    bank = gf.AdapterBank(adapters)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    for sign in (-1, 1, -1):
+        x[..., 0] = sign * x[..., 0].abs()
+        whole = [adapters[name](x) for name in "abc"]
+        place = range(3) if sign < 0 else range(2, -1, -1)
+        wanted = torch.stack([whole[owner][row] for row, owner in enumerate(place)])
+        torch.testing.assert_close(bank(x, adapters=list("abc")), wanted, rtol=0, atol=1e-12)

@@ -178,11 +178,11 @@ class Network:
             args, kwargs = tree_unflatten(
                 [tag(leaf, Rows(0, 1)) if p in inputs else leaf for p, leaf in enumerate(leaves)], spec
             )
-            with Following(mix.size):
+            with Following(mix.size) as mode:
                 found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
             mix.outlived = call.outlived
         every = [rows_out(leaf) for leaf in found]
-        if kind is not None and mix.met is not None and not mix.outlived and not any(map(is_mixed, found)):
+        if kind is not None and mix.met is not None and not (mix.outlived or mode.decided or any(map(is_mixed, found))):
             plan.ways[kind] = Way(
                 tuple(mix.met), tuple(rows for leaf, rows in zip(found, every, strict=True) if isinstance(leaf, Tensor))
             )

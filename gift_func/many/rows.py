@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -35,6 +36,9 @@ class Following(TorchFunctionMode):
     Args:
         batch: the number of samples, B.
 
+    Attributes:
+        decided: whether values of the batch were read, or became sizes, so that the network may go another way for others.
+
     Example:
         >>> import torch
         >>> from gift_func.many.rows import Following, Rows, rows_of, tag
@@ -48,6 +52,7 @@ class Following(TorchFunctionMode):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch = batch
+        self.decided = False
         self._known = Batch(batch)
 
     def __torch_function__(
@@ -85,7 +90,12 @@ class Following(TorchFunctionMode):
             if result is None and (func in _WRITERS or _in_place(getattr(func, "__name__", ""))):
                 target, written = args[0], True
             elif not isinstance(result, (tuple, list)):
+                self.decided = True
                 return
+            elif not all(isinstance(item, Tensor) for item in result):
+                self.decided = True
+        if func in _SIZED_BY_VALUES or (func is Tensor.__getitem__ and _has_mask(args[1])):
+            self.decided = self.decided or func not in _WHERE or isinstance(result, tuple)
         if "out" in kwargs:
             written = True
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
@@ -150,6 +160,21 @@ def _plainly_same(a: Tag, b: Tag) -> bool:
     if isinstance(a, Rows) and isinstance(b, Rows):
         return a.axis == b.axis and a.owners is b.owners and (a.inner == b.inner or a.owners is not None)
     return a is b
+
+
+_SIZED_BY_VALUES = frozenset(
+    getattr(space, name)
+    for space in (torch, Tensor)
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "where")
+)
+_WHERE = frozenset([torch.where, Tensor.where])
+"""Functions whose result's size follows from values: of `where`, only where it is given a condition alone."""
+
+
+def _has_mask(index: Any) -> bool:
+    """Whether an index holds a mask, which picks as many as are true."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
 
 
 _WRITERS = frozenset([Tensor.__setitem__, Tensor.data.__set__])  # type: ignore[attr-defined]  # a getset descriptor to Python

@@ -91,10 +91,19 @@ def rows_out(leaf: Any) -> Rows | None:
 
 
 def kind_of(leaves: Sequence[Any], spec: TreeSpec | None) -> object:
-    """What tells calls apart that may go different ways through the network; None for one with opaque arguments."""
+    """What tells calls apart that may go different ways through the network; None for one with opaque arguments.
+
+    Lengths differ from call to call; which of them are equal, or 1, is part of it.
+    """
     if any(map(is_opaque, leaves)):
         return None
-    told = tuple((leaf.ndim, leaf.dtype, leaf.shape[-1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    lengths: dict[int, int] = {1: 0}
+    told = tuple(
+        (leaf.dtype, leaf.shape[-1:], *(lengths.setdefault(n, len(lengths)) for n in leaf.shape))
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in leaves
+    )
     return torch.is_grad_enabled(), told, repr(spec)
 
 

@@ -87,7 +87,7 @@ def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
         kind, mode = under_way.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if mix.met is not None and output is not None:
+            if mix.met is not None and output is not None and not mode.decided:
                 plan.ways[kind] = Way(tuple(mix.met), ())
 
     encoder = _encoder_of(module)
