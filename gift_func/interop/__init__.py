@@ -1,3 +1,4 @@
 """Other libraries' files: read them, write them."""
 
+from . import kohya as kohya
 from . import peft as peft

@@ -1,0 +1,186 @@
+"""Writing an adapted model as a kohya or LyCORIS file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from ...adapted import AdaptedModel
+from ...body import Part
+from ...errors import AdaptError
+from ...files import unshared, write_whole
+from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
+from ...methods.ia3 import ScaledBias
+from ...methods.norm_tuning import is_norm
+from ...select import Site
+from .found import Tensors
+from .methods import Decomposed, is_host
+from .names import Names, Prefix
+from .table import WRITERS, change_of
+
+NATIVELY = "Save it natively (gf.save_adapter), or merge() it and save the model."
+
+
+def save(
+    adapted: AdaptedModel,
+    path: str | os.PathLike[str],
+    *,
+    prefix: Prefix = "lycoris",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter as a safetensors file that LyCORIS and what reads kohya's files can load.
+
+    The tensors have the element types they have here. Parameters that were trained whole are written as their change,
+    `θ − W`, rounded once. LyCORIS finds a bias only beside its weight, so one that was trained alone stands beside zeros.
+    What the format cannot say is refused, so the file means what the adapted model computes.
+
+    Args:
+        adapted: the adapted model: LoRA, DoRA, LoHa, LoKr, OFT on the output side, and what `load` makes, of the weights
+            of Linear, Conv1d, Conv2d and Conv3d; and parameters trained whole of these and of norm layers.
+        path: the file, `*.safetensors` by convention.
+        prefix: how names begin in the file: `"lora_unet"`, `"lora_te"`; LyCORIS's own wrapper reads `"lycoris"`. For a
+            model made of several, one for each: `{"lora_unet": "unet", "lora_te": "text_encoder"}`.
+        metadata: what else to say in the file (`ss_base_model_version`, say), or otherwise than here: `ss_network_module`,
+            `ss_network_dim`, `ss_network_alpha`, `ss_network_args`, `sshs_model_hash`.
+
+    Raises:
+        AdaptError: for what the format cannot say, naming it; nothing was written then.
+
+    Example:
+        >>> import os, tempfile, torch, gift_func as gf
+        >>> from safetensors.torch import load_file
+        >>> path = os.path.join(tempfile.mkdtemp(), "lora.safetensors")
+        >>> gf.interop.kohya.save(gf.adapt(torch.nn.Sequential(torch.nn.Linear(4, 2)), gf.LoRA(rank=1)), path)
+        >>> sorted(load_file(path))
+        ['lycoris_0.alpha', 'lycoris_0.lora_down.weight', 'lycoris_0.lora_up.weight']
+    """
+    tensors = tensors_of(adapted, prefix)
+    meta = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if meta is not None:
+        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
+    tensors = unshared({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
+    data = safetensors_bytes(tensors)
+    about = {**network(adapted), "sshs_model_hash": digest(data), **(metadata or {})}
+    write_whole(Path(path), with_metadata(data, {key: str(value) for key, value in about.items()}))
+
+
+def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
+    """All that the file is to hold.
+
+    Raises:
+        AdaptError: for what it cannot hold.
+    """
+    base = adapted._body.base
+    if base.slots:
+        raise AdaptError(f"the model was adapted on top of another adapter, which the file would leave out. {NATIVELY}")
+    names = Names(base.structure.modules, prefix)
+    groups = {site.name: group for group in base.sites() for site in group}
+    state = adapted.adapter_state_dict()
+    lost = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
+    if lost is not None:
+        raise AdaptError(f"the buffer {lost!r} differs from the base's, and the file has no place for it. {NATIVELY}")
+    made: Tensors = {}
+    beside: list[tuple[str, Tensor, Site]] = []
+    for part in adapted.parts:
+        site = _site(part, groups)
+        called = names.called(site.module_name)
+        own = {local: state[name] for local, name in part.names.items()}
+        weight = base.weights[part.name].dense()
+        if site.param_name == "bias" and isinstance(part.method, (Diff, Full)):
+            beside.append((called, change_of(part.method, own, weight), site))
+            continue
+        writer = _writer(part.method, site)
+        made |= {f"{called}.{name}": tensor for name, tensor in writer(part.method, own, site, weight).items()}
+    for called, change, site in beside:
+        made |= _bias(called, change, site, made)
+    return made
+
+
+def network(adapted: AdaptedModel) -> dict[str, str]:
+    """What readers of metadata look for: which kind of network it is, its dimension and alpha."""
+    methods = [part.method.of if isinstance(part.method, Decomposed) else part.method for part in adapted.parts]
+    algos = [WRITERS[type(method)][0] for method in methods if type(method) in WRITERS]
+    main = next((algo for algo in algos if algo != "full"), "full")
+    ranked = [method for method in methods if isinstance(method, (LoRA, LoHa, LoKr))]
+    ranks, alphas = {method.rank for method in ranked}, {method.scale * method.rank for method in ranked}
+    args: dict[str, Any] = {"algo": main}
+    if any(isinstance(part.method, (Decomposed, DoRA)) for part in adapted.parts):
+        args["dora_wd"] = "True"
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic" if ranks else "None",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic" if alphas else "None",
+        "ss_network_args": json.dumps(args),
+    }
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of a safetensors file without its header, by which kohya's scripts know a network."""
+    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def with_metadata(data: bytes, about: Mapping[str, str]) -> bytes:
+    """A safetensors file without metadata, with some.
+
+    Safetensors itself writes several entries in no fixed order, and equal adapters are to make equal files.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": dict(about), **json.loads(data[8:end])}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _site(part: Part, groups: Mapping[str, list[Site]]) -> Site:
+    if part.name not in groups:
+        raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no such file can hold. {NATIVELY}")
+    group = groups[part.name]
+    others = [site.name for site in group[1:] if site.module is not group[0].module]
+    if others:
+        raise AdaptError(
+            f"{part.name!r} is one with {', '.join(others)}, and LyCORIS would adapt one of them alone. {NATIVELY}"
+        )
+    return group[0]
+
+
+def _writer(method: Method, site: Site) -> Any:
+    if type(method) not in WRITERS:
+        if isinstance(method, ScaledBias):
+            raise AdaptError(
+                f"{site.name!r} is scaled along with its weight, as in IA3's paper, and LyCORIS scales the weight alone. Use "
+                "gf.interop.kohya.WeightIA3."
+            )
+        raise AdaptError(f"LyCORIS's files have no place for {type(method).__name__}, which adapts {site.name!r}. {NATIVELY}")
+    direct = isinstance(method, (Diff, Full)) and is_norm(site.module)
+    if site.param_name != "weight" or not (is_host(site.module) or direct):
+        raise AdaptError(
+            f"{site.name!r} of a {type(site.module).__name__} has no place in LyCORIS's files, which adapt weights of Linear, "
+            f"Conv1d, Conv2d, Conv3d, and norm layers in full. {NATIVELY}"
+        )
+    return WRITERS[type(method)][1]
+
+
+def _bias(called: str, change: Tensor, site: Site, made: Tensors) -> Tensors:
+    """A bias's change, which LyCORIS looks for only beside a change of its weight in full."""
+    norm = is_norm(site.module)
+    if not norm and not is_host(site.module):
+        raise AdaptError(f"{site.name!r} of a {type(site.module).__name__} has no place in LyCORIS's files. {NATIVELY}")
+    name, partner = ("b_norm", "w_norm") if norm else ("diff_b", "diff")
+    whole = f"{called}.{partner}"
+    if whole in made:
+        return {f"{called}.{name}": change}
+    if any(key.startswith(f"{called}.") for key in made):
+        raise AdaptError(
+            f"{site.name!r} is trained beside another change of its layer's weight, and LyCORIS reads a bias only beside a "
+            f"weight that is trained whole. {NATIVELY}"
+        )
+    weight = site.module._parameters["weight"]
+    assert weight is not None
+    return {whole: torch.zeros_like(weight, dtype=change.dtype), f"{called}.{name}": change}
