@@ -31,7 +31,6 @@ class LowRankRuns:
     def __init__(self, base: Tensor, changes: Sequence[LowRank]) -> None:
         self.base = base
         self._changes = tuple(changes)
-        self._versions = self._read_versions()
         lefts, rights = [change.left for change in changes], [change.right for change in changes]
         scales = [change.scale for change in changes]
         rank = max(left.shape[-1] for left in lefts)
@@ -44,6 +43,9 @@ class LowRankRuns:
         self.left, self.right = stacked(lefts), stacked(rights)
         views = _lies_in(self.left, changes[0].left) and _lies_in(self.right, changes[0].right)
         self._copied = len(changes) > 1 and not views
+        # Tensors that lie in one memory count their versions together.
+        self._sources = [t for change in (changes[:1] if views else changes) for t in (change.left, change.right)]
+        self._versions = self._read_versions()
 
     @property
     def is_good(self) -> bool:
@@ -59,7 +61,7 @@ class LowRankRuns:
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
     def _read_versions(self) -> list[int]:
-        return [tensor._version for change in self._changes for tensor in (change.left, change.right)]
+        return [tensor._version for tensor in self._sources]
 
     @staticmethod
     def of(members: Sequence[Weight]) -> LowRankRuns | None:
