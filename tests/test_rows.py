@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from gift_func.many.rows import Following, Lost, Rows, owner_index, rows_of, tag
+from gift_func.many.following.rows import Following, Lost, Rows, owner_index, rows_of, tag
 
 B = 3
 LAYOUTS: dict[str, tuple[tuple[int, ...], Rows]] = {

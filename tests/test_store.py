@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.many import folder
-from gift_func.many.reading import Read, Reader
+from gift_func.many.stores import folder
+from gift_func.many.stores.reading import Read, Reader
 from gift_func.replica import replica
 
 SMALL = gf.LoRA(rank=2, init="random")
@@ -774,7 +774,7 @@ def test_a_thousand_files_cost_a_call_no_more_than_ten(tmp_path: Path, monkeypat
         asked[what] += 1
         return plain[what](path)
 
-    monkeypatch.setattr("gift_func.many.store.stamp", partial(counted, "stamp"))
+    monkeypatch.setattr("gift_func.many.stores.store.stamp", partial(counted, "stamp"))
     monkeypatch.setattr(folder, "_files", partial(counted, "list"))
     assert len(stores[1000]) == 1000
     assert asked["list"] == 1

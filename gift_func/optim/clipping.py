@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdaptError
-from ..many.ensemble import Ensemble
+from ..many.ensembles.ensemble import Ensemble
 
 
 @torch.no_grad()

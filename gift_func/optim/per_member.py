@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from ..errors import AdaptError, StateError
-from ..many.ensemble import Ensemble
+from ..many.ensembles.ensemble import Ensemble
 from .blocks import Rows, Views
 
 # Each number's update depends on that number's gradients only, so a member's tensors may be seen as one row.

@@ -17,8 +17,8 @@ from ..adapted import AdaptedModel
 from ..errors import AdaptError
 from ..files import load_adapter, save_adapter
 from ..functional import functional_call
-from ..many.ensemble import Ensemble
-from ..many.stacking import stack
+from ..many.ensembles.ensemble import Ensemble
+from ..many.ensembles.stacking import stack
 from ..methods import Method
 from .hosts import HOSTS, Around, Host
 

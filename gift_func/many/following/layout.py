@@ -26,7 +26,7 @@ class Rows:
         owners: int64 `[size of the axis]`, the sample of each index, where no such pattern holds; inner is then unused.
 
     Example:
-        >>> from gift_func.many.rows import Rows, owner_index
+        >>> from gift_func.many.following.rows import Rows, owner_index
         >>> owner_index(Rows(0, 2), 6, 3).tolist()
         [0, 0, 1, 1, 2, 2]
     """
@@ -68,7 +68,7 @@ def tag(tensor: Tensor, rows: Tag) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from gift_func.many.rows import Rows, rows_of, tag
+        >>> from gift_func.many.following.rows import Rows, rows_of, tag
         >>> x = torch.ones(3, 4)
         >>> rows_of(tag(x, Rows(0, 1))), rows_of(x)
         (Rows(axis=0, inner=1, owners=None), None)

@@ -1,0 +1,1 @@
+"""Banks: named adapters of any kind, one for each sample of a batch."""

@@ -1,0 +1,240 @@
+"""An adapter as a bank keeps it: tensors and what they are for, without a copy of the network."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapted import AdaptedModel, kept_buffers
+from ...base import FrozenBase
+from ...body import Part
+from ...strategy import Strategy
+from ...structure import Structure, clone
+from ...weights import Dense, Weight
+
+
+@dataclass(eq=False)
+class Entry:
+    """One adapter.
+
+    Attributes:
+        base: the frozen base.
+        parts: the adapted parameters.
+        strategy: the strategy, or None where actions replaced modules.
+        tensors: the adapter's tensors under global names.
+        buffers: the persistent buffers that are not the base's.
+        structure: the network with the modules that the adapter brought in; None if it brought none.
+    """
+
+    base: FrozenBase
+    parts: tuple[Part, ...]
+    strategy: Strategy | None
+    tensors: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    structure: Structure | None
+    _statistics: dict[str, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _made: dict[bool, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(model: AdaptedModel) -> Entry:
+        """An adapted model's adapter; its tensors are the model's own."""
+        body = model._body
+        state = model.adapter_state_dict()
+        buffers = {name: clone(tensor) for name, tensor in state.items() if name not in model.adapter}
+        own = _own_modules(body.structure, body.base.structure)
+        tensors = dict(model.adapter.items())
+        return Entry(body.base, model.parts, model.strategy, tensors, buffers, body.structure.copy(clone) if own else None)
+
+    @property
+    def address(self) -> int:
+        """Where its first tensor lies in memory."""
+        return next((tensor.data_ptr() for tensor in self.tensors.values()), 0)
+
+    @property
+    def apart(self) -> str | None:
+        """Why the adapter cannot share a pass with others, or None."""
+        if self.structure is not None:
+            return "it brings modules of its own"
+        if any(
+            name not in self._statistics or tensor._version != self._statistics[name] for name, tensor in self.buffers.items()
+        ):
+            return "it keeps buffers of its own"
+        return None
+
+    def keep_statistics(self) -> None:
+        """Let the adapter have persistent buffers of its own, which its models write to and share."""
+        with self._lock:
+            for name, buffer in kept_buffers(self.base.structure).items():
+                if name not in self.buffers:
+                    mine = clone(buffer)
+                    self._statistics[name] = mine._version
+                    self.buffers[name] = mine
+
+    def on(self, base: FrozenBase, tensors: Mapping[str, nn.Parameter]) -> Entry:
+        """The same adapter by other tensors, on the same base or another view of it."""
+        if base is not self.base:
+            base.learn(self.base)
+        return Entry(base, self.parts, self.strategy, dict(tensors), dict(self.buffers), self.structure)
+
+    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Entry:
+        """The same adapter with a function applied to all that is its own, on a base that it was applied to as well."""
+        tensors = {
+            name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
+            for name, tensor in self.tensors.items()
+        }
+        buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
+        structure = None if self.structure is None else self.structure.copy(function)
+        return Entry(base, self.parts, self.strategy, tensors, buffers, structure)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        module = None
+        if self.structure is not None:
+            structure = self.structure.copy()
+            for name in structure.places:
+                found = self.tensors.get(name, self.base.tensors.get(name))
+                if found is not None:
+                    structure.bind(name, found)
+            module = structure.module
+        return _restore, (self.base, self.parts, self.strategy, self.tensors, self.buffers, module)
+
+    def weights(self, training: bool) -> dict[str, Weight]:
+        """The structured weights, by the name of the parameter; kept where they only view the tensors."""
+        known = self._made.get(training)
+        if known is not None and known[0] == self.base.epoch:
+            return known[1]
+        made: dict[str, Weight] = {}
+        with torch.inference_mode(False), torch.enable_grad():
+            for part in self.parts:
+                weight: Weight
+                own: dict[str, Tensor] = {local: self.tensors[name] for local, name in part.names.items()}
+                if part.name in self.base.weights:
+                    derived = self.base.derived(part.name, part.method)
+                    weight = part.method.weight(self.base.weights[part.name], {**derived, **own})
+                else:
+                    weight = Dense(own[""])
+                made[part.name] = weight if training else weight.eval()
+        if not self._computes(made):
+            self._made[training] = self.base.epoch, made
+        return made
+
+    def rests(self, training: bool) -> bool:
+        """Whether the weights of the last `weights` are kept."""
+        return training in self._made
+
+    def _computes(self, weights: Mapping[str, Weight]) -> bool:
+        """Whether a weight holds a tensor that its method computed, which training would make stale."""
+        known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+        leaves = [leaf for weight in weights.values() for leaf in weight.leaves()]
+        return any(leaf.grad_fn is not None and leaf.untyped_storage().data_ptr() not in known for leaf in leaves)
+
+    def model(self, structure: Structure) -> AdaptedModel:
+        """The adapter as a model of its own, by the very same tensors.
+
+        Args:
+            structure: a private copy of the base's structure, which the model takes.
+        """
+        if self.structure is not None:
+            structure = Structure(self.structure.detached())
+            own = {part.name for part in self.parts}
+            for name in structure.places:
+                if name in self.base.tensors and name not in own:
+                    structure.bind(name, self.base.tensors[name])
+        for name, buffer in self.buffers.items():
+            module_name, _, attribute = name.rpartition(".")
+            structure.modules[module_name]._buffers[attribute] = buffer
+        return AdaptedModel(self.base, structure, self.parts, self.tensors, self.strategy)
+
+
+def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> list[Entry]:
+    """The same adapters with their tensors copied, those of one name and shape next to each other in memory.
+
+    A batch that uses all of them then needs no copy of any: their tensors are one stack as they lie.
+
+    Args:
+        entries: adapters of bases that share their tensors.
+        base: the one that all are put on; None leaves each on its own.
+    """
+    groups: dict[tuple[object, ...], list[tuple[int, str]]] = {}
+    for index, entry in enumerate(entries):
+        for name, tensor in entry.tensors.items():
+            groups.setdefault((name, tensor.shape, tensor.dtype, tensor.device), []).append((index, name))
+    found: list[dict[str, nn.Parameter]] = [{} for _ in entries]
+    for members in groups.values():
+        # Detached, so that no gradient is recorded.
+        slab = torch.stack([entries[index].tensors[name].detach() for index, name in members])
+        for row, (index, name) in zip(slab.unbind(0), members, strict=True):
+            found[index][name] = nn.Parameter(row, requires_grad=entries[index].tensors[name].requires_grad)
+    return [
+        entry.on(entry.base if base is None else base, {name: own[name] for name in entry.tensors})
+        for entry, own in zip(entries, found, strict=True)
+    ]
+
+
+def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
+    """Tensors of one shape as one, `(K, ...)`: without a copy if they lie at equal distances in one memory.
+
+    Args:
+        tensors: of one shape.
+        lasting: let a stack without a copy be of use after the tensors were written to, as an optimizer does. Autograd then
+            cannot notice a write between a forward and its backward.
+    """
+    if len(tensors) == 1 and not lasting:
+        return tensors[0].unsqueeze(0)
+    if lies_stacked(tensors):
+        made: Tensor = _AsTheyLie.apply(lasting, *tensors)  # type: ignore[no-untyped-call]
+        return made
+    return torch.stack(list(tensors))
+
+
+def lies_stacked(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie at equal distances in one memory."""
+    first, second = tensors[0], tensors[1] if len(tensors) > 1 else tensors[0]
+    step = second.data_ptr() - first.data_ptr()
+    storage, strides = first.untyped_storage().data_ptr(), first.stride()
+    start = first.data_ptr()
+    return step >= 0 and all(
+        tensor.data_ptr() == start + index * step
+        and tensor.stride() == strides
+        and tensor.untyped_storage().data_ptr() == storage
+        for index, tensor in enumerate(tensors)
+    )
+
+
+class _AsTheyLie(torch.autograd.Function):
+    """`torch.stack` of tensors that already are a stack."""
+
+    @staticmethod
+    def forward(ctx: object, lasting: bool, *tensors: Tensor) -> Tensor:
+        first, second = tensors[0].data if lasting else tensors[0].detach(), tensors[min(1, len(tensors) - 1)]
+        step = (second.data_ptr() - first.data_ptr()) // first.element_size()
+        return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.unbind(0)
+
+
+def _own_modules(structure: Structure, base: Structure) -> bool:
+    """Whether the modules are others than the base's in kind, or hold other parameters or hooks."""
+    ours, theirs = structure.modules, base.modules
+    if ours.keys() != theirs.keys() or structure.names.keys() != base.names.keys():
+        return True
+    return not all(map(is_, map(type, ours.values()), (type(theirs[name]) for name in ours)))
+
+
+def _restore(
+    base: FrozenBase,
+    parts: tuple[Part, ...],
+    strategy: Strategy | None,
+    tensors: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    module: nn.Module | None,
+) -> Entry:
+    return Entry(base, parts, strategy, tensors, buffers, None if module is None else Structure(module))

@@ -1,0 +1,1 @@
+"""Ensembles: adapters of one kind, stacked, run and trained as one."""

@@ -1,0 +1,315 @@
+"""The ensemble: N adapters on one frozen base, run and trained as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Self, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...adapted import AdaptedModel
+from ...adapter import AdapterDict
+from ...base import BaseView, FrozenBase
+from ...body import Body
+from ...errors import AdaptError
+from ...show import tree
+from ...structure import Structure, clone
+from ...surgery import seeded
+from .recipe import Recipe
+from .running import CannotBatchError, Member, batched, one_by_one
+
+Tensors = Mapping[str, Tensor]
+Randomness = Literal["different", "same"]
+
+
+class Ensemble(nn.Module):
+    """N adapters on one frozen base: an ordinary module whose parameters are theirs, stacked.
+
+    `stack` and `adapt_ensemble` make it. One pass runs all members (`torch.vmap` over the adapters' tensors): the frozen
+    weights meet the inputs of all members in one product each, and what lies below the first adapted layer is computed
+    once where the members share an input. A module that torch has no batching rule for (an LSTM), and gradient
+    checkpointing, let the members run one after another, with the same results; `fallback` then says why.
+
+    Persistent buffers (a BatchNorm's statistics) are the members' own, stacked like the parameters; a frozen tensor that
+    is equal in all members is kept once, without a leading axis.
+
+    Attributes:
+        adapter: the stacked tensors, `(N, ...)`, under the members' global names.
+        chunk_size: how many members run at a time; None for all. Fewer need less memory.
+        randomness: whether dropout and its like draw "different" numbers for each member or the "same".
+        generator: what each call's random draws are seeded from; None for torch's global generator.
+        fallback: why the members of the latest call ran one after another, or None if they ran at once.
+    """
+
+    adapter: AdapterDict
+
+    def __init__(
+        self, base: FrozenBase, structure: Structure, recipe: Recipe, tensors: Mapping[str, nn.Parameter], buffers: Tensors
+    ) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.chunk_size: int | None = None
+        self.randomness: Randomness = "different"
+        self.generator: torch.Generator | None = None
+        self._unbatchable = _without_rule(structure)
+        self._reasons: dict[tuple[bool, bool, bool], str] = {}
+        self.fallback = self._unbatchable
+        for name, stacked in buffers.items():
+            module_name, _, attribute = name.rpartition(".")
+            structure.modules[module_name]._buffers[attribute] = stacked
+        self._body = Body(base, structure, recipe.parts)
+        self._body.rest_on_base()
+        self._state = tuple(buffers)
+        self._alike: dict[str, tuple[Tensor, int, bool]] = {}
+        self._view: BaseView | None = None
+        self.training = structure.module.training
+        self.adapter = AdapterDict(tensors, structure)
+
+    # --- calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Every member on the same input.
+
+        Returns:
+            What the network returns, its tensors with a leading axis N.
+        """
+        return self._call(self.adapter.current(), None, args, kwargs, mapped=False)
+
+    def map(self, *args: Any, **kwargs: Any) -> Any:
+        """Member i on `args[i]`: every tensor among the arguments has a leading axis N, which the results have too.
+
+        Raises:
+            AdaptError: if a tensor has another leading axis.
+        """
+        return self._call(self.adapter.current(), None, args, kwargs, mapped=True)
+
+    def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward` on any tensors and buffers; nothing is written to."""
+        return self._call(tensors, buffers, args, kwargs, mapped=False)
+
+    @property
+    def buffer_names(self) -> set[str]:
+        """The dotted names of the network's buffers."""
+        return self._body.structure.buffer_names
+
+    def _call(
+        self, tensors: Tensors, buffers: Tensors | None, args: tuple[Any, ...], kwargs: dict[str, Any], mapped: bool
+    ) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        if mapped:
+            self._check_mapped(leaves)
+        writes = buffers is None and self._body.module.training
+        state, fixed = self._states(buffers or {})
+        once = {name: tensors[name] for name in self.recipe.once}
+        own = {name: tensor for name, tensor in tensors.items() if name not in self.recipe.once}
+
+        def member(
+            share: Tensors, extras: Tensors, state: Tensors, given: Sequence[Any]
+        ) -> tuple[Any, dict[str, Tensor], bool]:
+            made = self.recipe.applied({**once, **share}, extras)
+            inner_args, inner_kwargs = tree_unflatten(list(given), spec)
+            return self._body.stateful_forward(made, {**fixed, **state}, inner_args, inner_kwargs, buffers is not None)
+
+        stacks = [own, self.recipe.extras(), state]
+        with self._drawing():
+            made, after = self._run(member, stacks, leaves, mapped)
+        if writes:
+            with torch.no_grad():
+                for name in state:
+                    self._buffer(name).copy_(after[name])
+        return made
+
+    def _run(
+        self, member: Member, stacks: Sequence[dict[str, Tensor]], leaves: Sequence[Any], mapped: bool
+    ) -> tuple[Any, dict[str, Tensor]]:
+        if torch.compiler.is_compiling() and self._unbatchable is None:
+            return batched(member, stacks, leaves, mapped, self.randomness, len(self), self.chunk_size)
+        # What cannot be batched in one mode may be in another: a checkpoint is there in training only.
+        kind = mapped, self._body.module.training, torch.is_grad_enabled()
+        reason = self._unbatchable or self._reasons.get(kind)
+        if reason is None:
+            try:
+                found = batched(member, stacks, leaves, mapped, self.randomness, len(self), self.chunk_size)
+                self.fallback = None
+                return found
+            except CannotBatchError as error:
+                reason = str(error)
+        # A mistake in the arguments shows here once more, as the network itself tells of it.
+        found = one_by_one(member, stacks, leaves, mapped, self.randomness, len(self))
+        self.fallback = self._reasons[kind] = reason
+        return found
+
+    def _check_mapped(self, leaves: Sequence[Any]) -> None:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            if tensor.ndim == 0 or tensor.shape[0] != len(self):
+                raise AdaptError(
+                    f"map gives member i the i-th part of every tensor, so each needs a leading axis of {len(self)}, and one "
+                    f"has shape {tuple(tensor.shape)}. Call the ensemble itself to give all members the same input."
+                )
+        if not tensors:
+            raise AdaptError("map was given no tensor; call the ensemble itself to give all members the same input")
+
+    def _states(self, given: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The buffers that differ by member, and those that do not and will not: one member's."""
+        state, fixed = {}, {}
+        for name in self._state:
+            buffer = given.get(name, self._buffer(name))
+            if name in given or self._body.module.training or not self._is_alike(name, buffer):
+                state[name] = buffer.detach().clone() if name not in given else buffer
+            else:
+                fixed[name] = buffer[0]
+        return state, fixed
+
+    def _is_alike(self, name: str, buffer: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        known = self._alike.get(name)
+        if known is None or known[0] is not buffer or known[1] != buffer._version:
+            known = self._alike[name] = buffer, buffer._version, all(torch.equal(row, buffer[0]) for row in buffer[1:])
+        return known[2]
+
+    def _buffer(self, name: str) -> Tensor:
+        module_name, _, attribute = name.rpartition(".")
+        found: Tensor | None = self._body.structure.modules[module_name]._buffers[attribute]
+        assert found is not None
+        return found
+
+    def _drawing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.generator is None else seeded(self.generator)
+
+    # --- members
+
+    def __len__(self) -> int:
+        return len(self.recipe.members)
+
+    def __bool__(self) -> bool:
+        return True
+
+    @overload
+    def __getitem__(self, index: int) -> AdaptedModel: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int]) -> Ensemble: ...
+    def __getitem__(self, index: int | slice | Sequence[int]) -> AdaptedModel | Ensemble:
+        """A member as a model of its own, or an ensemble of some members; their tensors are copies.
+
+        Raises:
+            IndexError: if there is no such member.
+        """
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"there is no member {index} in an ensemble of {len(self)}")
+            return self._member(index % len(self))
+        chosen = list(range(len(self))[index]) if isinstance(index, slice) else [range(len(self))[i] for i in index]
+        if not chosen:
+            raise IndexError("an ensemble needs at least one member, and none was chosen")
+        rows = torch.tensor(chosen)
+        tensors = {}
+        for name, tensor in self.adapter.items():
+            picked = clone(tensor) if name in self.recipe.once else tensor.detach()[rows.to(tensor.device)]
+            tensors[name] = nn.Parameter(picked, requires_grad=tensor.requires_grad)
+        buffers = {name: self._buffer(name).detach()[rows.to(self._buffer(name).device)] for name in self._state}
+        return self._like(self.recipe.taken(chosen), tensors, buffers)
+
+    def __iter__(self) -> Iterator[AdaptedModel]:
+        return (self._member(index) for index in range(len(self)))
+
+    def unstack(self) -> list[AdaptedModel]:
+        """The members as models of their own, on the same base; their tensors are copies."""
+        return list(self)
+
+    def _member(self, index: int) -> AdaptedModel:
+        member = self.recipe.members[index]
+        structure = self._plain_structure()
+        for name in self._state:
+            module_name, _, attribute = name.rpartition(".")
+            structure.modules[module_name]._buffers[attribute] = clone(self._buffer(name)[index])
+        tensors = {}
+        for name, shape in member.shapes.items():
+            tensor = self.adapter[name]
+            share = tensor.detach() if name in self.recipe.once else tensor.detach()[index]
+            cut = share[tuple(slice(n) for n in shape)].clone()
+            tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+        return AdaptedModel(self._body.base, structure, member.parts, tensors, member.strategy)
+
+    def _plain_structure(self) -> Structure:
+        return Structure(self._body.structure.detached())
+
+    def _like(self, recipe: Recipe, tensors: Mapping[str, nn.Parameter], buffers: Tensors) -> Ensemble:
+        made = Ensemble(self._body.base, self._plain_structure(), recipe, tensors, buffers)
+        made.chunk_size, made.randomness, made.generator = self.chunk_size, self.randomness, self.generator
+        return made
+
+    # --- parameters
+
+    @property
+    def base(self) -> BaseView:
+        """The frozen base, unadapted."""
+        if self._view is None:
+            self._view = BaseView(self._body.base, self._body.structure)
+        return self._view
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The stacked parameters that require grad: what an optimizer gets."""
+        return (parameter for _, parameter in self.named_trainable_parameters())
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stacked parameters that require grad, under their global names."""
+        return ((name, parameter) for name, parameter in self.adapter.items() if parameter.requires_grad)
+
+    # --- as a module
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode for all members; the user's model is not touched."""
+        super().train(mode)
+        self._body.module.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._body.rebase(self._body.base.apply(fn))
+        self._body.rest_on_base()
+        self.recipe = self.recipe.to(dict(self.adapter.items()))
+        self._view = None
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ensemble:
+        tensors = {name: nn.Parameter(clone(p), requires_grad=p.requires_grad) for name, p in self.adapter.items()}
+        memo.update({id(parameter): tensors[name] for name, parameter in self.adapter.items()})
+        made = memo[id(self)] = self._like(self.recipe, tensors, {name: clone(self._buffer(name)) for name in self._state})
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        buffers = {name: self._buffer(name) for name in self._state}
+        options = (self.chunk_size, self.randomness)
+        structure = self._plain_structure()
+        return _restore, (self._body.base, structure.module, self.recipe, dict(self.adapter.items()), buffers, options)
+
+    def __repr__(self) -> str:
+        methods = {part.name: part.method for part in self.recipe.parts}
+        how = "at once" if self.fallback is None else f"one after another: {self.fallback}"
+        return f"Ensemble of {len(self)}, run {how}\n{tree(self._body.structure, methods)}"
+
+
+def _without_rule(structure: Structure) -> str | None:
+    """A module that torch cannot batch over weights."""
+    for name, module in structure.modules.items():
+        if isinstance(module, nn.RNNBase):
+            return f"torch has no batching rule for {name or 'the model'}, a {type(module).__name__}"
+    return None
+
+
+def _restore(
+    base: FrozenBase,
+    module: nn.Module,
+    recipe: Recipe,
+    tensors: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    options: tuple[int | None, Randomness],
+) -> Ensemble:
+    made = Ensemble(base, Structure(module), recipe, tensors, buffers)
+    made.chunk_size, made.randomness = options
+    return made

@@ -1,0 +1,1 @@
+"""Stores: banks whose adapters are files."""
