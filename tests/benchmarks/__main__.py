@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
+import traceback
 import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is at hand
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes here and has nothing to say
 
 import torch
 
 from .measure import FULL, QUICK, Result, measure
-from .report import machine, table, write_json
+from .readme import README, rewrite
+from .report import bound, caption, found, machine, table, write_json
 from .table import FULL_ONLY, ROWS
 
 
@@ -28,8 +33,13 @@ def main() -> None:
     )
     parser.add_argument("--only", action="append", metavar="NAME", help="a family, 'step', or a row, 'step/LoRA'; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, with the machine's name")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="draw it; the growth over the number of adapters goes to FILE-growth.png"
+    )
+    parser.add_argument("--readme", action="store_true", help="put the table of a full run into README.md, between its markers")
     options = parser.parse_args()
+    if options.readme and not options.full:
+        parser.error("--readme takes the figures that count, those of --full")
     scale = FULL if options.full else QUICK
     chosen = [name for name in ROWS if scale.full or name not in FULL_ONLY]
     for pattern in options.only or ():
@@ -40,29 +50,42 @@ def main() -> None:
     if scale.threads is not None:
         torch.set_num_threads(scale.threads)
     warnings.filterwarnings("ignore", module=r"peft\.")
-    host = machine()
+    host, start = machine(), time.perf_counter()
     results: list[Result] = []
+    failed: list[str] = []
+    spent: dict[str, float] = {}
     for name in chosen:
         if sys.stderr.isatty():
             print(f"\r{name:<40}\r", end="", file=sys.stderr, flush=True)
+        began = time.perf_counter()
         try:
             results.append(measure(name, ROWS[name](scale), scale))
-        except AssertionError as error:
-            raise SystemExit(f"{name}: {error}") from None
-    mode = "full" if scale.full else "quick"
+        except Exception as error:  # the other rows are still worth having
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            if not isinstance(error, AssertionError):
+                failed.append(traceback.format_exc(limit=-4))
+        gc.collect()
+        spent[name] = round(time.perf_counter() - began, 1)
     host["load after"] = machine()["load"]
+    host["seconds"] = round(time.perf_counter() - start)
     print(table(results))
-    under = (
-        f"{mode} run on {host['processor']}, {host['cpus']} cpus, {host['threads']} threads, torch {host['torch']}, "
-        f"peft {host['peft']}; load {host['load'][0]} before, {host['load after'][0]} after"
-    )
-    print(f"\nMedians of runs in turns; ratios with quartiles. {under[0].upper()}{under[1:]}.")
+    under = caption("full" if scale.full else "quick", host)
+    print(f"\n{under}")
+    judged = [(row, key) for row in results if row.judged for key in row.targets]
+    missed = [f"  {row.name}: {key} {bound(row, key)}, found {found(row, key)}" for row, key in judged if not row.met(key)]
+    if judged:
+        print("\n".join([f"{len(judged) - len(missed)} of {len(judged)} targets met{'; missed:' if missed else '.'}", *missed]))
     if options.json:
-        write_json(options.json, results, {"mode": mode, "date": time.strftime("%Y-%m-%d"), "machine": host})
-    if options.png:
+        about = {"mode": "full" if scale.full else "quick", "date": time.strftime("%Y-%m-%d"), "machine": host, "spent": spent}
+        write_json(options.json, results, about)
+    if options.png and results:
         from .picture import draw
 
         draw(options.png, results, under)
+    if options.readme and results:
+        rewrite(README, results, under)
+    if failed:
+        raise SystemExit("\n".join(["Rows that failed:", *failed]))
 
 
 def meant(name: str, pattern: str) -> bool:

@@ -36,11 +36,13 @@ def load(scale: Scale) -> Case:
         # A clone: a mapped file is not read before it is touched.
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in load_file(native).items()}
 
+    base = gf.FrozenBase.of(model)
     calls: Calls = {
         "ours": lambda: gf.load_adapter(model, native),
+        "ours, known base": lambda: gf.load_adapter(base, native),
         "ours, PEFT's file": lambda: gf.interop.peft.load(model, folder / "peft"),
         "PEFT": Call(lambda: copy.deepcopy(model), lambda fresh: read_by_peft(fresh, folder / "peft")),
         "reading": read,
     }
-    ratios = (("ours", "PEFT"), ("ours, PEFT's file", "PEFT"), ("ours", "reading"))
-    return Case(calls, ratios, facts={"bytes": native.stat().st_size})
+    ratios = (("ours", "PEFT"), ("ours, PEFT's file", "PEFT"), ("ours", "reading"), ("ours, known base", "reading"))
+    return Case(calls, ratios, facts={"bytes": native.stat().st_size}, targets={"ours/reading": 2.0})

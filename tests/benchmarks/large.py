@@ -40,4 +40,6 @@ def adapt_llama(scale: Scale) -> Case:
     if here != there:
         raise AssertionError(f"{here:,} parameters are trained here and {there:,} in PEFT's")
     calls: Calls = {"ours": ours, "PEFT": Call(lambda: copy.deepcopy(model), inject)}
-    return Case(calls, facts={"trained": here}, note="no values on meta: equal in what is trained")
+    return Case(
+        calls, facts={"trained": here}, note="no values on meta: equal in what is trained", targets={"ours/PEFT": 0.2}
+    )  # fmt: skip

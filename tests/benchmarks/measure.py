@@ -35,12 +35,35 @@ class Case:
         ratios: pairs of names, whose times are divided turn by turn.
         facts: further columns.
         note: what the reader must know, e.g. why outputs are not equal.
+        differences: pairs of names, whose times are subtracted turn by turn.
+        targets: the most that "a/b" or "a - b" (seconds) may be, of the models and sizes of the full run.
     """
 
     calls: Calls
     ratios: Sequence[tuple[str, str]] = (("ours", "PEFT"), ("ours", "floor"))
     facts: Mapping[str, str | int] = field(default_factory=dict)
     note: str = ""
+    differences: Sequence[tuple[str, str]] = ()
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A row of what is counted instead of timed: bytes, kernels, FLOPs. It is the same on any machine, or nearly so.
+
+    Attributes:
+        unit: of what is counted: "B", "FLOP", or a noun.
+        values: by contender, one for each repetition.
+        ratios, facts, note, targets: as of a `Case`; the targets hold for the quick run too where `always`.
+    """
+
+    unit: str
+    values: Mapping[str, Sequence[float]]
+    ratios: Sequence[tuple[str, str]] = (("ours", "PEFT"), ("ours", "floor"))
+    facts: Mapping[str, str | int] = field(default_factory=dict)
+    note: str = ""
+    targets: Mapping[str, float] = field(default_factory=dict)
+    always: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class Scale:
         full: whether this is the run whose figures count; else it is a smoke test.
         rounds: turns of every contender.
         least: turns that a row gets even where they take longer than `seconds`.
-        seconds: a row stops after this time.
+        seconds: a row stops after this time, one without targets after half of it.
         sample: what is faster than this many seconds is repeated within a turn.
         threads: of torch, None for as many as it likes. On a busy machine two only wait for each other.
     """
@@ -65,7 +88,7 @@ class Scale:
 
 
 QUICK = Scale(full=False, rounds=3, least=1, seconds=1.0, sample=1e-3, threads=1)
-FULL = Scale(full=True, rounds=21, least=5, seconds=60.0, sample=5e-3, threads=None)
+FULL = Scale(full=True, rounds=21, least=4, seconds=10.0, sample=5e-3, threads=None)
 
 
 class Spread(NamedTuple):
@@ -78,7 +101,15 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """A row measured: seconds by contender, ratios by `a/b`."""
+    """A row measured.
+
+    Attributes:
+        times: by contender, seconds or what else `unit` says.
+        ratios: by "a/b".
+        differences: by "a - b".
+        targets: the most that these may be.
+        judged: whether the targets are meant for what was measured.
+    """
 
     name: str
     times: dict[str, Spread]
@@ -86,6 +117,17 @@ class Result:
     rounds: int
     facts: dict[str, str | int]
     note: str
+    differences: dict[str, Spread] = field(default_factory=dict)
+    targets: dict[str, float] = field(default_factory=dict)
+    judged: bool = False
+    unit: str = "s"
+
+    def found(self, key: str) -> Spread:
+        """What a target is about."""
+        return self.ratios[key] if key in self.ratios else self.differences[key]
+
+    def met(self, key: str) -> bool:
+        return self.found(key).median <= self.targets[key]
 
     @property
     def family(self) -> str:
@@ -101,10 +143,19 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(low, middle, high)
 
 
-def measure(name: str, case: Case, scale: Scale) -> Result:
+def measure(name: str, case: Case | Counts, scale: Scale) -> Result:
     """Time the contenders of a row in turns, each turn beginning with the next of them."""
-    names = list(case.calls)
-    repeats = {key: repeats_of(case.calls[key], scale.sample) for key in names}
+    if isinstance(case, Counts):
+        samples = {key: list(values) for key, values in case.values.items()}
+        return result(name, case, samples, case.unit, judged=scale.full or case.always)
+    samples = in_turns(case.calls, scale, scale.seconds if case.targets else scale.seconds / 2)
+    return result(name, case, samples, "s", judged=scale.full)
+
+
+def in_turns(calls: Calls, scale: Scale, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every turn, by contender."""
+    names = list(calls)
+    repeats = {key: repeats_of(calls[key], scale.sample) for key in names}
     samples: dict[str, list[float]] = {key: [] for key in names}
     start = time.perf_counter()
     gc.collect()
@@ -112,22 +163,32 @@ def measure(name: str, case: Case, scale: Scale) -> Result:
     gc.disable()
     try:
         for turn in range(scale.rounds):
-            if turn >= scale.least and time.perf_counter() - start > scale.seconds:
+            if turn >= scale.least and time.perf_counter() - start > seconds:
                 break
             first = turn % len(names)
             for key in names[first:] + names[:first]:
-                samples[key].append(timed(case.calls[key], repeats[key]))
+                samples[key].append(timed(calls[key], repeats[key]))
             gc.collect()
     finally:
         gc.enable()
         gc.unfreeze()
-    ratios = {
-        f"{a}/{b}": spread([x / y for x, y in zip(samples[a], samples[b], strict=True)])
-        for a, b in case.ratios
-        if a in samples and b in samples
-    }
-    times = {key: spread(values) for key, values in samples.items()}
-    return Result(name, times, ratios, len(samples[names[0]]), dict(case.facts), case.note)
+    return samples
+
+
+def result(name: str, case: Case | Counts, samples: Mapping[str, Sequence[float]], unit: str, judged: bool) -> Result:
+    """The medians of a row, and what is divided or subtracted turn by turn."""
+    pairs = [(a, b) for a, b in case.ratios if a in samples and b in samples]
+    ratios = {f"{a}/{b}": spread([x / y for x, y in zip(samples[a], samples[b], strict=True)]) for a, b in pairs}
+    differences = {}
+    for a, b in case.differences if isinstance(case, Case) else ():
+        differences[f"{a} - {b}"] = spread([x - y for x, y in zip(samples[a], samples[b], strict=True)])
+    unknown = case.targets.keys() - ratios.keys() - differences.keys()
+    if unknown:
+        raise ValueError(f"{name} has a target of {', '.join(sorted(unknown))}, which it does not measure")
+    return Result(
+        name, {key: spread(values) for key, values in samples.items()}, ratios, len(next(iter(samples.values()))),
+        dict(case.facts), case.note, differences, dict(case.targets), judged, unit,
+    )  # fmt: skip
 
 
 def repeats_of(call: Callable[[], object] | Call, sample: float) -> int:

@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
 
 # The noise on the trained tensors, where products of small numbers would hardly change the output.
 NOISE = {"AdaLoRA": 0.1, "HiRA": 0.1, "C3A": 0.1}
+TARGETS = {"LoRA": {"ours/PEFT": 0.83, "ours/floor": 1.08}, "DoRA": {"ours/PEFT": 0.6}}
 
 
 def step(method: str, scale: Scale) -> Case:
@@ -48,7 +49,7 @@ def step(method: str, scale: Scale) -> Case:
     ours, theirs = pair(model, strategy, lambda m: outputs(m, tokens), NOISE.get(method, 0.02))
     check_gradients(ours, theirs, lambda m: backward(m, tokens, cotangents_of(m, tokens)))
     calls = {"ours": training(ours, tokens), "PEFT": training(theirs, tokens), "floor": training(floor(), tokens)}
-    return Case(calls, facts={"trained": trained(ours), "tokens": tokens.numel()})
+    return Case(calls, facts={"trained": trained(ours), "tokens": tokens.numel()}, targets=TARGETS.get(method, {}))
 
 
 def training(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
