@@ -7,6 +7,7 @@ import itertools
 import pickle
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -375,7 +376,7 @@ def test_names() -> None:
     with pytest.raises(KeyError, match="'es'"):
         bank.rename("es", "pt")
     with pytest.raises(TypeError, match="adapt\\(\\) makes one"):
-        bank.add("es", nn.Linear(2, 2))  # type: ignore[arg-type]
+        bank.add("es", nn.Linear(2, 2))
     with pytest.raises(gf.AdaptError, match="'other' was adapted from another model"):
         gf.AdapterBank({"fr": models["fr"], "other": gf.adapt(MLP_ROW.model(), gf.IA3())})
 
@@ -508,3 +509,24 @@ def test_a_call_that_goes_another_way_by_its_values_is_followed_anew() -> None:
         place = range(3) if sign < 0 else range(2, -1, -1)
         wanted = torch.stack([whole[owner][row] for row, owner in enumerate(place)])
         torch.testing.assert_close(bank(x, adapters=list("abc")), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "strategy", [gf.LoRA(rank=2), {"*0.weight": gf.IA3(), "*2.weight": gf.LoRA()}, {"2": gf.Bottleneck(2)}], ids=str
+)
+def test_a_new_adapter_by_its_strategy_is_what_adapt_makes(strategy: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    bank = gf.AdapterBank(base=model).add("new", strategy, generator=torch.Generator().manual_seed(1))
+    wanted = gf.adapt(model, strategy, generator=torch.Generator().manual_seed(1))
+    state = wanted.adapter_state_dict()
+    assert list(state) == list(bank["new"].adapter_state_dict())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in bank["new"].adapter_state_dict().items())
+    assert bank["new"].strategy == wanted.strategy
+    assert list(map(id, bank.trainable_parameters())) == list(map(id, bank["new"].trainable_parameters()))
+    with pytest.raises(gf.AdaptError, match="matches nothing"):
+        bank.add("other", {"nowhere": gf.LoRA()})
+    with pytest.raises(TypeError, match="adapted models"):
+        bank.add("other", model)  # a model that is not adapted
+    with pytest.raises(TypeError, match="adapted models"):
+        bank.add("other", "fr")

@@ -51,7 +51,7 @@ FLOORS = [
     ["many.ensembles.ensemble"],
     ["many.ensembles.stacking"],
     ["many.ensembles", "many.banks.entry", "many.banks.mix"],
-    ["many.banks.at_once", "many.banks.low_rank_runs"],
+    ["many.banks.at_once", "many.banks.fresh", "many.banks.low_rank_runs"],
     ["many.banks.routed_weight"],
     ["many.banks.by_runs"],
     ["many.banks.routed"],

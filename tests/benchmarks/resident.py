@@ -81,7 +81,6 @@ def attach(scale: Scale) -> Case:
 
     few, many = 2, 64 if scale.full else 6
     model = mini_lm()
-    base = gf.FrozenBase.of(model)
     generator = torch.Generator().manual_seed(0)
     adapters = family(model, LINEARS, many - 1)
     places = [part.name.removesuffix(".weight") for part in adapters["a0"].parts]
@@ -91,18 +90,18 @@ def attach(scale: Scale) -> Case:
         here = dict(list(adapters.items())[: k - 1])
         bank = gf.AdapterBank(here)
         theirs = peft_family(copy.deepcopy(model), here)
-        added = bank.add("new", gf.adapt(base, {LINEARS: gf.LoRA(rank=8)}, generator=generator))
+        added = bank.add("new", {LINEARS: gf.LoRA(rank=8)}, generator=generator)
         if len(added) != k or list(added["new"].adapter) != list(adapters["a0"].adapter):
             raise AssertionError(f"the bank holds {len(added)} adapters and should hold {k}")
-        calls[f"ours, {k}"] = adding(bank, base, generator)
+        calls[f"ours, {k}"] = adding(bank, generator)
         calls[f"PEFT, {k}"] = peft_adding(theirs, options)
     ratios = ((f"ours, {few}", f"PEFT, {few}"), (f"ours, {many}", f"ours, {few}"), (f"PEFT, {many}", f"PEFT, {few}"))
     targets = {f"ours, {few}/PEFT, {few}": 0.25, f"ours, {many}/ours, {few}": 1.25}
     return Case(calls, ratios, targets=targets)
 
 
-def adding(bank: gf.AdapterBank, base: gf.FrozenBase, generator: torch.Generator) -> Callable[[], object]:
-    return lambda: bank.add("new", gf.adapt(base, {LINEARS: gf.LoRA(rank=8)}, generator=generator))
+def adding(bank: gf.AdapterBank, generator: torch.Generator) -> Callable[[], object]:
+    return lambda: bank.add("new", {LINEARS: gf.LoRA(rank=8)}, generator=generator)
 
 
 def peft_adding(theirs: Any, options: Any) -> Call:

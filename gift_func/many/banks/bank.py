@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from ...adapt import base_of
 from ...adapted import AdaptedModel
 from ...base import BaseView, FrozenBase
 from ...errors import AdaptError, nearest
+from ...methods import Method
+from ...strategy import Strategy
 from ...structure import clone
 from .entry import Entry, side_by_side
+from .fresh import fresh
 from .gathered import Gathered
 from .keeping import Conversion, Kept
 from .mixing import Network
@@ -112,15 +115,24 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     # --- other banks
 
-    def add(self, name: str, adapter: AdaptedModel) -> AdapterBank:
-        """A bank with one adapter more, which shares the tensors of the others; the new one's are copied.
+    def add(self, name: str, adapter: Any, *, generator: torch.Generator | None = None) -> AdapterBank:
+        """A bank with one adapter more, which shares the tensors of the others.
+
+        Args:
+            name: the new adapter's name.
+            adapter: an adapted model, whose tensors are copied; or what `adapt` takes for a strategy, for a new adapter of
+                the bank's base, which needs no copy of the network.
+            generator: what a new adapter's initial values are drawn from; None for torch's global generator.
 
         Raises:
-            AdaptError: if the name is taken, or the adapter has another base.
+            AdaptError: if the name is taken, the adapter has another base, or the strategy does not fit.
         """
-        _check(name, adapter)
+        _check_name(name)
         if name in self._entries:
             raise AdaptError(f"the bank has an adapter {name!r} already; remove it first, or give this one another name")
+        if isinstance(adapter, (Method, Strategy, Iterable)) and not isinstance(adapter, (nn.Module, str)):
+            return self._like({**self._entries, name: fresh(self._network.base, adapter, generator)})
+        _check(name, adapter)
         entry = Entry.of(adapter)
         _check_base(name, self._network.base, entry.base)
         return self._like({**self._entries, name: side_by_side([entry], self._network.base)[0]})
@@ -319,9 +331,13 @@ def _restore(kind: type[AdapterBank], base: FrozenBase, training: bool, entries:
     return made
 
 
-def _check(name: object, model: object) -> None:
+def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name:
         raise AdaptError(f"an adapter's name is a text that is not empty, got {name!r}")
+
+
+def _check(name: object, model: object) -> None:
+    _check_name(name)
     if not isinstance(model, AdaptedModel):
         raise TypeError(f"a bank holds adapted models, and {name!r} is a {type(model).__name__}; adapt() makes one")
 

@@ -218,7 +218,8 @@ class _AsTheyLie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grad.unbind(0)
+        # Rows laid out as the parameters are become their gradients as they are; others would be copied one by one.
+        return None, *grad.contiguous().unbind(0)
 
 
 def _own_modules(structure: Structure, base: Structure) -> bool:
