@@ -37,12 +37,22 @@ def load(scale: Scale) -> Case:
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in load_file(native).items()}
 
     base = gf.FrozenBase.of(model)
+    store = gf.AdapterStore(base, folder)
+    check_equal(model, store["adapter"].train(), theirs, lambda m: outputs(m, tokens))
     calls: Calls = {
         "ours": lambda: gf.load_adapter(model, native),
         "ours, known base": lambda: gf.load_adapter(base, native),
+        "ours, into a store": Call(lambda: store.evict("adapter"), lambda _: store.prefetch(["adapter"])),
         "ours, PEFT's file": lambda: gf.interop.peft.load(model, folder / "peft"),
         "PEFT": Call(lambda: copy.deepcopy(model), lambda fresh: read_by_peft(fresh, folder / "peft")),
         "reading": read,
     }
-    ratios = (("ours", "PEFT"), ("ours, PEFT's file", "PEFT"), ("ours", "reading"), ("ours, known base", "reading"))
-    return Case(calls, ratios, facts={"bytes": native.stat().st_size}, targets={"ours/reading": 2.0})
+    ratios = (
+        ("ours", "PEFT"),
+        ("ours, PEFT's file", "PEFT"),
+        ("ours", "reading"),
+        ("ours, known base", "reading"),
+        ("ours, into a store", "reading"),
+    )
+    targets = {"ours/reading": 2.0, "ours, into a store/reading": 2.0}
+    return Case(calls, ratios, facts={"bytes": native.stat().st_size}, targets=targets)
