@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._torch import is_transformed, whole_numel
+from ._torch import as_batched, batch_of, below_vmap, in_one_vmap, is_batched, is_transformed, whole_numel
 from .stacked_linear import StackedLinear
 from .value import autocasts
 
@@ -58,6 +58,8 @@ def low_rank_linear(
         batch = max(whole_numel(t) // max(t.numel(), 1) for t in (x, left, right))
         if tokens * batch < MANY_TRANSFORMED:
             return None
+        if in_one_vmap(tensors) and not is_transformed(weight):
+            return _of_members(x, weight, bias, left, right, scale)
         pieces = 1
     elif not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         y = F.linear(flat, weight, bias)
@@ -70,3 +72,27 @@ def low_rank_linear(
     x3, left3, right3 = flat.unflatten(0, (pieces, -1)), left.expand(pieces, -1, -1), right.expand(pieces, -1, -1)
     made: Tensor = StackedLinear.apply(x3, weight, bias, left3, right3, scale)[0]  # type: ignore[no-untyped-call]
     return made.view(*x.shape[:-1], weight.shape[0])
+
+
+def _of_members(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """The layer of all members of the only `torch.vmap` under way, outside of it."""
+    shape, own = x.shape[:-1], (x, left, right, bias)
+    wholes = [t if t is None or not is_batched(t) else batch_of(t) for t in own]
+    batched = [t is not None and is_batched(t) for t in own]
+    size = next(whole.shape[0] for whole, is_one in zip(wholes, batched, strict=True) if is_one and whole is not None)
+    x, left, right, bias = wholes  # type: ignore[assignment]  # the bias alone may be None
+    with below_vmap():
+        shift = None if bias is None or not batched[3] else bias.unsqueeze(1)
+        x = x.reshape(size, -1, x.shape[-1]) if batched[0] else x.reshape(-1, x.shape[-1])
+        if batched[1] or batched[2]:
+            left, right = (
+                t if is_one else t.expand(size, -1, -1) for t, is_one in zip((left, right), batched[1:3], strict=True)
+            )
+        else:  # a batch of x for one adapter is one longer x
+            x, left, right = x.reshape(1, -1, x.shape[-1]), left.unsqueeze(0), right.unsqueeze(0)
+        y = StackedLinear.apply(x, weight, None if shift is not None else bias, left, right, scale)[0]  # type: ignore[no-untyped-call]
+        if x.ndim == 3 and x.shape[0] == 1 and not (batched[1] or batched[2]):
+            y = y.view(size if batched[0] else 1, -1, weight.shape[0])
+        y = y if shift is None else y + shift
+        y = y.view(size, *shape, weight.shape[0])
+    return as_batched(y)

@@ -71,7 +71,7 @@ class RoutedSlot(Placeholder):
                     raise AdaptError(
                         f"{weight.name!r} differs by sample, and {name} meets it with a tensor of shape {tuple(leaf.shape)} in "
                         "which the batch cannot be found: it did not come from the network's input by functions that torch "
-                        f"shows (a custom autograd.Function or a scripted function hides it). {_REMEDY}"
+                        f"shows (numpy or a scripted function hides it). {_REMEDY}"
                     )
             return _each(func, leaves, spec, mix)
         return by_runs(func, leaves, spec, followed, mix)
