@@ -72,26 +72,44 @@ def check_gradients(ens: gf.Ensemble, member: gf.AdaptedModel, index: int, wante
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_fifty_steps_are_those_of_separate_runs(method: gf.Method) -> None:
     host = next(name for name in testing.HOSTS if not testing.refuses(method, name))
-    case = Case(method, testing.HOSTS[host])
-    members = [case.start.with_adapter(case.random(seed)) for seed in range(3)]
+    cases = [Case(found, testing.HOSTS[host]) for found in of_several_ranks(method, host)]
+    model = gf.FrozenBase.of(cases[0].model)
+    members = [gf.adapt(model, case.rules).with_adapter(case.random(seed)) for seed, case in enumerate(cases)]
+    x = cases[0].x
+    target = torch.linspace(-1, 1, cases[0].model(x).numel(), dtype=torch.float64).view_as(cases[0].model(x))
     ens = gf.stack(members)
-    target = torch.linspace(-1, 1, case.model(case.x).numel(), dtype=torch.float64).view_as(case.model(case.x))
-    start = ens(case.x).detach()
-    together = torch.optim.Adam(ens.trainable_parameters(), lr=1e-2)
+    start = ens(x).detach()
+    rates, decays = [1e-2, 3e-3, 2e-2], [0.0, 0.1, 0.01]
+    together = gf.optim.per_member(torch.optim.AdamW, ens, lr=rates, weight_decay=decays)
     for _ in range(STEPS):
         together.zero_grad()
-        (ens(case.x) - target).square().sum().backward()
+        (ens(x) - target).square().sum().backward()
         together.step()
     for index, member in enumerate(members):
-        alone = torch.optim.Adam(member.trainable_parameters(), lr=1e-2)
+        alone = torch.optim.AdamW(member.trainable_parameters(), lr=rates[index], weight_decay=decays[index])
         for _ in range(STEPS):
             alone.zero_grad()
-            (member(case.x) - target).square().sum().backward()
+            (member(x) - target).square().sum().backward()
             alone.step()
-        assert_close(ens(case.x)[index], member(case.x), 1e-9, f"member {index}")
+        assert_close(ens(x)[index], member(x), 1e-9, f"member {index}")
         for name, tensor in ens[index].adapter.items():
             assert_close(tensor, member.adapter[name], 1e-9, name)
-    assert (ens(case.x) - start).abs().max() > 1e-3, "training changed nothing, so equality says nothing"
+    assert (ens(x) - start).abs().max() > 1e-3, "training changed nothing, so equality says nothing"
+
+
+def of_several_ranks(method: gf.Method, host: str) -> list[gf.Method]:
+    """Three of the method, of several ranks where they can share a stack."""
+    rank = getattr(method, "rank", None)
+    if rank is None:
+        return [method] * 3
+    try:
+        others = [method.but(rank=2 * rank), method, method.but(rank=2 * rank)]
+        cases = [Case(found, testing.HOSTS[host]) for found in others]
+        base = gf.FrozenBase.of(cases[0].model)
+        gf.stack([gf.adapt(base, case.rules) for case in cases])
+        return others
+    except gf.AdaptError:
+        return [method] * 3
 
 
 @pairs(brief=True)
