@@ -226,7 +226,7 @@ def test_members_that_finish_early(name: str) -> None:
     separately(models, kind, each, range(20))
     assert_equal(few, [models[3], models[0]])
     assert all(torch.equal(tensor, before[key]) for key, tensor in ens.adapter.items())
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="no member 4"):
         optimizer.select([4])
 
 

@@ -278,7 +278,7 @@ def test_losses_and_outputs_of_other_kinds() -> None:
     for index in range(2):
         assert_same(found.model(index), plain.model(index))
     assert (found.metric, found.score(1, "b")) == ("a", 2.0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
         sweep(net, trials, lora, loss=lambda output, target: output.sum() * (1 / 0))
 
 

@@ -292,6 +292,9 @@ class PerMember(Optimizer):
         Returns:
             Both new: the members' tensors and the optimizer's state are copied.
 
+        Raises:
+            IndexError: if there is no such member, or none was chosen.
+
         Example:
             >>> import torch, gift_func as gf
             >>> ens = gf.adapt_ensemble(torch.nn.Linear(4, 2), gf.LoRA(rank=1), 3)
@@ -300,7 +303,7 @@ class PerMember(Optimizer):
             >>> len(ens), [group["lr"] for group in optimizer.param_groups]
             (2, [0.1, 0.3])
         """
-        chosen = [range(len(self.ensemble))[index] for index in members]
+        chosen = [self.ensemble.place_of(index) for index in members]
         made = PerMember(self.kind, self.ensemble[chosen], [self._settings[index] for index in chosen])
         if made._names() != self._names():
             made._part(self._names())

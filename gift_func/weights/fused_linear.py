@@ -8,6 +8,8 @@ pieces cost less than those of the whole.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,23 +78,28 @@ def low_rank_linear(
 
 def _of_members(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """The layer of all members of the only `torch.vmap` under way, outside of it."""
-    shape, own = x.shape[:-1], (x, left, right, bias)
-    wholes = [t if t is None or not is_batched(t) else batch_of(t) for t in own]
-    batched = [t is not None and is_batched(t) for t in own]
-    size = next(whole.shape[0] for whole, is_one in zip(wholes, batched, strict=True) if is_one and whole is not None)
-    x, left, right, bias = wholes  # type: ignore[assignment]  # the bias alone may be None
+    shape, out = x.shape[:-1], weight.shape[0]
+    (x, x_own), (left, left_own), (right, right_own) = map(_whole, (x, left, right))
+    shift: Tensor | None = None
+    if bias is not None and is_batched(bias):
+        shift, bias = batch_of(bias), None
+    size = next(
+        t.shape[0] for t, own in ((x, x_own), (left, left_own), (right, right_own), (shift, True)) if own and t is not None
+    )
     with below_vmap():
-        shift = None if bias is None or not batched[3] else bias.unsqueeze(1)
-        x = x.reshape(size, -1, x.shape[-1]) if batched[0] else x.reshape(-1, x.shape[-1])
-        if batched[1] or batched[2]:
-            left, right = (
-                t if is_one else t.expand(size, -1, -1) for t, is_one in zip((left, right), batched[1:3], strict=True)
-            )
+        x = x.reshape(size, -1, x.shape[-1]) if x_own else x.reshape(-1, x.shape[-1])
+        if left_own or right_own:
+            left, right = (t if own else t.expand(size, -1, -1) for t, own in ((left, left_own), (right, right_own)))
+            y = StackedLinear.apply(x, weight, bias, left, right, scale)[0]  # type: ignore[no-untyped-call]
         else:  # a batch of x for one adapter is one longer x
-            x, left, right = x.reshape(1, -1, x.shape[-1]), left.unsqueeze(0), right.unsqueeze(0)
-        y = StackedLinear.apply(x, weight, None if shift is not None else bias, left, right, scale)[0]  # type: ignore[no-untyped-call]
-        if x.ndim == 3 and x.shape[0] == 1 and not (batched[1] or batched[2]):
-            y = y.view(size if batched[0] else 1, -1, weight.shape[0])
-        y = y if shift is None else y + shift
-        y = y.view(size, *shape, weight.shape[0])
+            longer = x.reshape(1, -1, x.shape[-1])
+            y = StackedLinear.apply(longer, weight, bias, left.unsqueeze(0), right.unsqueeze(0), scale)[0]  # type: ignore[no-untyped-call]
+            y = y.view(-1, prod(shape), out)
+        y = (y if shift is None else y + shift.unsqueeze(1)).view(size, *shape, out)
     return as_batched(y)
+
+
+def _whole(tensor: Tensor) -> tuple[Tensor, bool]:
+    """A tensor with the batch that hides in it first, and whether there is one."""
+    own = is_batched(tensor)
+    return (batch_of(tensor) if own else tensor), own

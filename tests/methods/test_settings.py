@@ -38,7 +38,7 @@ def test_what_is_given_is_kept_and_compared(kind: type[Any], options: dict[str, 
     assert kind(4, **options) != method
     assert str(method).startswith(f"{kind.__name__}(")
     assert all(f"{name}={value!r}" in str(method) for name, value in options.items())
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
         method.initialization = "kaiming"
     patterns = {name: dict(value) for name, value in options.items() if name.endswith("_pattern")}
     for name in patterns:

@@ -117,6 +117,7 @@ class Network:
         order = torch.tensor(batch.order) if ordered else None
         outside = doubtful(leaves, size) if alike is None else alike
         inputs = {p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leads(leaf, size) and p not in outside}
+        given = leaves
         if order is not None:
             leaves = [leaf.index_select(0, order.to(leaf.device)) if p in inputs else leaf for p, leaf in enumerate(leaves)]
         counts = [count for _, count in runs]
@@ -141,7 +142,7 @@ class Network:
                 found, out_spec, found_rows = self._pass(plan, counts, leaves, spec, inputs, kind)
             if order is not None and any(is_opaque(leaf) or is_mixed(leaf) for leaf in found):
                 self._keeps_order = True  # what comes out in an order of ours could not be put back: go by the caller's
-                return self._together(batch, leaves if order is None else _restored(leaves, inputs, order), spec, method)
+                return self._together(batch, given, spec, method)
         back = None if order is None else torch.argsort(order)
         made = [put_back(leaf, rows, back, size) for leaf, rows in zip(found, found_rows, strict=True)]
         return tree_unflatten([stepped(leaf, size) if isinstance(leaf, GeneratorType) else leaf for leaf in made], out_spec)
@@ -235,11 +236,6 @@ def _one_by_one(
 def _bound(model: Any, method: str | None) -> Callable[..., Any]:
     found: Callable[..., Any] = model if method is None else getattr(model, method)
     return found
-
-
-def _restored(leaves: Sequence[Any], inputs: set[int], order: Tensor) -> list[Any]:
-    back = torch.argsort(order)
-    return [leaf.index_select(0, back.to(leaf.device)) if place in inputs else leaf for place, leaf in enumerate(leaves)]
 
 
 def _of_samples(leaf: Any, size: int) -> Rows | None:

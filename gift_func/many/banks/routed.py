@@ -3,7 +3,7 @@
 The rows of a batch lie in runs, neighbours of one adapter each. A function that meets a routed parameter runs on each
 run's rows with that run's own weight, and the results are put together again: so every function and every method is
 routed, by the rules that hold for a single adapter. A linear layer whose weights are all low-rank does it in one piece.
-Where the rows are is not guessed from shapes: the batch is followed (`many.rows`) from the network's input on.
+Where the rows are is not guessed from shapes: the batch is followed (`many.following.rows`) from the network's input on.
 """
 
 from __future__ import annotations
@@ -32,49 +32,49 @@ class ApartError(Exception):
     """The adapters of a batch cannot share a pass: each must take one of its own."""
 
 
+def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    product = _PRODUCTS.get(func)
+    if product is not None and not kwargs:
+        made = product(*args)
+        if made is not None:
+            return made
+    if func is F.multi_head_attention_forward:
+        kwargs = _with_padding_of_samples(kwargs)
+    leaves, spec = tree_flatten((args, kwargs))
+    slots = [leaf for leaf in leaves if isinstance(leaf, RoutedSlot)]
+    weight, mix = slots[0].weight, slots[0].mix
+    mix.elsewhere()
+    _look_for_checkpoints(slots)
+    if getattr(func, "__name__", "").endswith("grouped_mm"):
+        return by_experts(func, args, kwargs)
+    found = [
+        (place, rows_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
+    ]
+    followed = {place: rows for place, rows in found if isinstance(rows, Rows)}
+    lost = next((rows for _, rows in found if isinstance(rows, Lost)), None)
+    name = getattr(func, "__name__", repr(func))
+    if lost is not None:
+        raise AdaptError(
+            f"{weight.name!r} differs by sample, and {name} meets it with a tensor whose samples cannot be told apart "
+            f"since {lost.function or 'a function that mixed them'}. {_REMEDY}"
+        )
+    if not followed:
+        for place, _ in found:
+            leaf = leaves[place] = one_of_equals(leaves[place], mix.size, 1)
+            if _may_be_of_the_batch(leaf, mix.size):
+                raise AdaptError(
+                    f"{weight.name!r} differs by sample, and {name} meets it with a tensor of shape {tuple(leaf.shape)} in "
+                    "which the batch cannot be found: it did not come from the network's input by functions that torch "
+                    f"shows (numpy or a scripted function hides it). {_REMEDY}"
+                )
+        return _each(func, leaves, spec, mix)
+    return by_runs(func, leaves, spec, followed, mix)
+
+
 class RoutedSlot(Placeholder):
     """The placeholder of a routed parameter."""
 
-    @staticmethod
-    def route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        product = _PRODUCTS.get(func)
-        if product is not None and not kwargs:
-            made = product(*args)
-            if made is not None:
-                return made
-        if func is F.multi_head_attention_forward:
-            kwargs = _with_padding_of_samples(kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
-        slots = [leaf for leaf in leaves if isinstance(leaf, RoutedSlot)]
-        weight, mix = slots[0].weight, slots[0].mix
-        mix.elsewhere()
-        _look_for_checkpoints(slots)
-        if getattr(func, "__name__", "").endswith("grouped_mm"):
-            return by_experts(func, args, kwargs)
-        found = [
-            (place, rows_of(leaf))
-            for place, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
-        ]
-        followed = {place: rows for place, rows in found if isinstance(rows, Rows)}
-        lost = next((rows for _, rows in found if isinstance(rows, Lost)), None)
-        name = getattr(func, "__name__", repr(func))
-        if lost is not None:
-            raise AdaptError(
-                f"{weight.name!r} differs by sample, and {name} meets it with a tensor whose samples cannot be told apart "
-                f"since {lost.function or 'a function that mixed them'}. {_REMEDY}"
-            )
-        if not followed:
-            for place, _ in found:
-                leaf = leaves[place] = one_of_equals(leaves[place], mix.size, 1)
-                if _may_be_of_the_batch(leaf, mix.size):
-                    raise AdaptError(
-                        f"{weight.name!r} differs by sample, and {name} meets it with a tensor of shape {tuple(leaf.shape)} in "
-                        "which the batch cannot be found: it did not come from the network's input by functions that torch "
-                        f"shows (numpy or a scripted function hides it). {_REMEDY}"
-                    )
-            return _each(func, leaves, spec, mix)
-        return by_runs(func, leaves, spec, followed, mix)
+    route = _route
 
 
 def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -78,10 +78,12 @@ class Placeholder(Slot):
 
     Attributes:
         mix: the call's runs.
+        route: what a torch function, called with these arguments, does with the placeholders among them.
     """
 
     weight: Routed
     mix: Mix
+    route: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
     def holding(cls, weight: Routed, mix: Mix) -> Self:
@@ -104,11 +106,6 @@ class Placeholder(Slot):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return cls.route(func, args, dict(kwargs or {}))
-
-    @staticmethod
-    def route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a torch function does with routed parameters among its arguments."""
-        raise NotImplementedError
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"{type(self).__name__}({self.weight.name!r})"

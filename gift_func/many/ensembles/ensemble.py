@@ -200,10 +200,8 @@ class Ensemble(nn.Module):
             IndexError: if there is no such member.
         """
         if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"there is no member {index} in an ensemble of {len(self)}")
-            return self._member(index % len(self))
-        chosen = list(range(len(self))[index]) if isinstance(index, slice) else [range(len(self))[i] for i in index]
+            return self._member(self.place_of(index))
+        chosen = list(range(len(self))[index]) if isinstance(index, slice) else [self.place_of(i) for i in index]
         if not chosen:
             raise IndexError("an ensemble needs at least one member, and none was chosen")
         rows = torch.tensor(chosen)
@@ -220,6 +218,16 @@ class Ensemble(nn.Module):
     def unstack(self) -> list[AdaptedModel]:
         """The members as models of their own, on the same base; their tensors are copies."""
         return list(self)
+
+    def place_of(self, index: int) -> int:
+        """A member's index counted from the front.
+
+        Raises:
+            IndexError: if there is no such member.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no member {index} in an ensemble of {len(self)}")
+        return index % len(self)
 
     def _member(self, index: int) -> AdaptedModel:
         member = self.recipe.members[index]
