@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from models import assert_close
@@ -91,3 +93,56 @@ def test_the_thin_product_alone_has_a_gradient() -> None:
     (found,) = torch.autograd.grad(thin.sin().sum(), x)
     rows = torch.cat([x[:2] @ right[0].T, x[2:3] @ right[1].T])
     assert_close(found, torch.autograd.grad(rows.sin().sum(), x)[0])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("without", [0, 1])
+@pytest.mark.parametrize("batched", [(0,), (1, 3), (0, 1, 2, 3)], ids=str)
+def test_vmap(sizes: tuple[int, ...], without: int, batched: tuple[int, ...]) -> None:
+    cases = [[t + seed for t in case(sizes, without)] for seed in range(3)]
+
+    given = [cases[0][0], cases[0][2], cases[0][3], cases[0][4]]
+    stacks = [torch.stack([c[at] for c in cases]) for at in (0, 2, 3, 4)]
+    mapped = [stacks[at] if at in batched else given[at] for at in range(4)]
+    dims = tuple(0 if at in batched else None for at in range(4))
+    for tensor in mapped:
+        tensor.requires_grad_()
+
+    def ours(x: Tensor, bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return mixed_linear(x, cases[0][1], bias, left, right, 0.7, sizes)
+
+    found = torch.vmap(ours, dims)(*mapped)
+    parts = [[t[i] if d == 0 else t for t, d in zip(mapped, dims, strict=True)] for i in range(3)]
+    wanted = torch.stack([formula(x, cases[0][1], bias, left, right, 0.7, sizes) for x, bias, left, right in parts])
+    assert_close(found, wanted)
+    for a, b in zip(
+        torch.autograd.grad(found.sin().sum(), mapped), torch.autograd.grad(wanted.sin().sum(), mapped), strict=True
+    ):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("without", [0, 1])
+@pytest.mark.parametrize("moved", [(0,), (1,), (2, 3), (0, 1, 2, 3)], ids=str)
+def test_jvp(sizes: tuple[int, ...], without: int, moved: tuple[int, ...]) -> None:
+    x, weight, bias, left, right = case(sizes, without)
+    given = [x, bias, left, right]
+    tangents = tuple(torch.randn_like(given[at]) for at in moved)
+
+    def of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*some: Tensor) -> Tensor:
+            own = list(given)
+            for at, tensor in zip(moved, some, strict=True):
+                own[at] = tensor
+            return function(own[0], weight, own[1], own[2], own[3], 0.7, sizes)
+
+        return call
+
+    for tensor in (left, right):
+        tensor.requires_grad_()  # so that the function is met even where only x moves
+    primals = tuple(given[at] for at in moved)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            ours, theirs = (torch.func.jvp(of(f), primals, tangents) for f in (mixed_linear, formula))
+        assert_close(ours[0], theirs[0])
+        assert_close(ours[1], theirs[1])

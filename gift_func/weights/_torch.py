@@ -7,6 +7,7 @@
 - `get_unwrapped`: how much work an operation is depends on the batch that `torch.vmap` hides.
 - `is_batchedtensor`, `maybe_get_bdim`, `maybe_get_level`: a decision by values can be taken for a whole ensemble where its
   members agree, and attention be run as one batch; there is no public way to see a batch that `torch.vmap` hides.
+- `temporarily_clear_interpreter_stack`: what is made inside of a transform cannot be kept for the time after it.
 - `temporarily_pop_interpreter_stack`, `_add_batch_dim`: an `autograd.Function` costs 200 microseconds more inside of a
   `torch.vmap` than outside; where that is the only transform, its rule can be run outside.
 - `CheckpointFunction`: a reentrant checkpoint whose inputs need no gradient loses the gradients of
@@ -22,7 +23,7 @@ from types import FrameType
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
 from torch.utils.checkpoint import CheckpointFunction
 
 
@@ -72,6 +73,13 @@ def in_one_vmap(tensors: Iterable[Tensor]) -> bool:
 def below_vmap() -> Iterator[None]:
     """Outside of the innermost transform, for operations on what `batch_of` gave."""
     with temporarily_pop_interpreter_stack():
+        yield
+
+
+@contextmanager
+def lasting_outside() -> Iterator[None]:
+    """Outside of every `torch.func` transform and of inference mode: what is made of plain tensors here may be kept."""
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .stacked_linear import StackedLinear
+from .stacked_linear import StackedLinear, over
 
 Sizes = tuple[int, ...]
 
@@ -49,48 +49,75 @@ def mixed_linear(
 
 
 class MixedLinear(torch.autograd.Function):
-    """The pair `(y, h)`; h `(rows with an adapter, r)` is an output because second derivatives flow through it."""
+    """The pair `(y, h)`; h `(r, rows with an adapter)` is an output because second derivatives flow through it."""
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float, sizes: Sizes
     ) -> tuple[Tensor, Tensor]:
-        return _forward(x, weight, bias, left, right, scale, sizes)
+        y, h = _forward(x, weight, bias, left, right, scale, sizes)
+        return y, h if h.ndim == 2 else h.movedim(1, 0).flatten(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, left, right, ctx.scale, ctx.sizes = inputs
         ctx.save_for_backward(x, weight, left, right, output[1])
+        ctx.save_for_forward(x, weight, left, right, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, left, right, h = ctx.saved_tensors
         sizes: Sizes = ctx.sizes
-        rows = sum(sizes)
         if grad_y is None and grad_h is None:
             return None, None, None, None, None, None, None
         if grad_y is None:
             grad_y = x.new_zeros(x.shape[0], weight.shape[0])
-        thin = torch.cat([part @ left[k] for k, part in _parts(grad_y, sizes)]) * ctx.scale
+        thin = _thin(grad_y, left.mT, sizes) * ctx.scale
         if grad_h is not None:
             thin = thin + grad_h
         grad_x = grad_bias = grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ weight
-            change = torch.cat([part @ right[k] for k, part in _parts(thin, sizes)])
             if torch.is_grad_enabled():
-                grad_x = grad_x + F.pad(change, (0, 0, 0, x.shape[0] - rows))
+                grad_x = grad_x + _wide(thin, right.mT, sizes, len(x))
             else:
-                grad_x[:rows] += change
+                _add(grad_x, thin, right, 1.0, sizes)
         grad_bias = grad_y.sum(0) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[3]:
-            grads = zip(_parts(h, sizes), _parts(grad_y, sizes), strict=True)
-            grad_left = torch.stack([(a.mT @ b).mT for (_, a), (_, b) in grads]) * ctx.scale
+            grads = zip(_parts((h * ctx.scale).mT, sizes), _parts(grad_y, sizes), strict=True)
+            grad_left = torch.stack([(a.mT @ b).mT for (_, a), (_, b) in grads])
         if ctx.needs_input_grad[4]:
-            grads = zip(_parts(thin, sizes), _parts(x, sizes), strict=True)
+            grads = zip(_parts(thin.mT, sizes), _parts(x, sizes), strict=True)
             grad_right = torch.stack([a.mT @ b for (_, a), (_, b) in grads])
         return grad_x, None, grad_bias, grad_left, grad_right, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        x_t: Tensor | None,
+        weight_t: None,
+        bias_t: Tensor | None,
+        left_t: Tensor | None,
+        right_t: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor, Tensor]:
+        x, weight, left, right, h = ctx.saved_tensors
+        sizes: Sizes = ctx.sizes
+        y_t, h_t = x.new_zeros(x.shape[0], weight.shape[0]), torch.zeros_like(h)
+        if x_t is not None:
+            y_t, h_t = y_t + F.linear(x_t, weight), h_t + _thin(x_t, right, sizes)
+        if right_t is not None:
+            h_t = h_t + _thin(x, right_t, sizes)
+        if left_t is not None:
+            y_t = y_t + ctx.scale * _wide(h, left_t, sizes, len(x))
+        if bias_t is not None:
+            y_t = y_t + bias_t
+        return y_t + ctx.scale * _wide(h_t, left, sizes, len(x)), h_t
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return over(_plain, in_dims, inputs), (0, 0)
 
 
 # As in `stacked_linear`: torch asks for it in every call.
@@ -101,15 +128,43 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     y = F.linear(x, weight, bias)
-    count, rows = len(sizes), sum(sizes)
+    # As in `stacked_linear`, of the two orders the one that reads the activations by rows.
     if len(set(sizes)) == 1:
-        h = torch.bmm(x[:rows].view(count, sizes[0], -1), right.mT)
-        y[:rows].view(count, sizes[0], -1).baddbmm_(h, left.mT, alpha=scale)
-        return y, h.flatten(0, 1)
-    h = torch.cat([part @ right[k].mT for k, part in _parts(x, sizes)])
-    for (k, part), (_, thin) in zip(_parts(y, sizes), _parts(h, sizes), strict=True):
-        part.addmm_(thin, left[k].mT, alpha=scale)
+        h = right @ _even(x, sizes).mT
+        _even(y, sizes).baddbmm_(h.mT, left.mT, alpha=scale)
+        return y, h
+    h = _thin(x, right, sizes)
+    _add(y, h, left.mT, scale, sizes)
     return y, h
+
+
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    h = _thin(x, right, sizes)
+    return F.linear(x, weight, bias) + scale * _wide(h, left, sizes, len(x)), h
+
+
+def _thin(rows: Tensor, factors: Tensor, sizes: Sizes) -> Tensor:
+    """`F_n·xᵀ` of the rows of adapter n, side by side: `(r, rows with an adapter)`."""
+    return torch.cat([factors[k] @ part.mT for k, part in _parts(rows, sizes)], 1)
+
+
+def _wide(thin: Tensor, factors: Tensor, sizes: Sizes, rows: int) -> Tensor:
+    """`thin_nᵀ·F_nᵀ` in the rows of adapter n, zeros in those without one."""
+    change = torch.cat([part @ factors[k].mT for k, part in _parts(thin.mT, sizes)])
+    return F.pad(change, (0, 0, 0, rows - len(change)))
+
+
+def _add(rows: Tensor, thin: Tensor, factors: Tensor, scale: float, sizes: Sizes) -> None:
+    """Add `s·thin_nᵀ·F_n` into the rows of adapter n; thin `(r, rows)`."""
+    for (k, part), (_, own) in zip(_parts(rows, sizes), _parts(thin.mT, sizes), strict=True):
+        part.addmm_(own, factors[k], alpha=scale)
+
+
+def _even(rows: Tensor, sizes: Sizes) -> Tensor:
+    """The rows of equally many for each adapter, `(K, rows of one, d)`."""
+    return rows[: sum(sizes)].view(len(sizes), sizes[0], -1)
 
 
 def _parts(rows: Tensor, sizes: Sizes) -> Iterator[tuple[int, Tensor]]:

@@ -17,6 +17,7 @@ from ...body import Part
 from ...strategy import Strategy
 from ...structure import Structure, clone
 from ...weights import Dense, Weight
+from ...weights._torch import is_transformed, lasting_outside
 
 
 @dataclass(eq=False)
@@ -73,7 +74,8 @@ class Entry:
         with self._lock:
             for name, buffer in kept_buffers(self.base.structure).items():
                 if name not in self.buffers:
-                    mine = clone(buffer)
+                    with lasting_outside():
+                        mine = clone(buffer)
                     self._statistics[name] = mine._version
                     self.buffers[name] = mine
 
@@ -85,12 +87,13 @@ class Entry:
 
     def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Entry:
         """The same adapter with a function applied to all that is its own, on a base that it was applied to as well."""
-        tensors = {
-            name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
-            for name, tensor in self.tensors.items()
-        }
-        buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
-        structure = None if self.structure is None else self.structure.copy(function)
+        with lasting_outside():
+            tensors = {
+                name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
+                for name, tensor in self.tensors.items()
+            }
+            buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
+            structure = None if self.structure is None else self.structure.copy(function)
         return Entry(base, self.parts, self.strategy, tensors, buffers, structure)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,7 +113,7 @@ class Entry:
         if known is not None and known[0] == self.base.epoch:
             return known[1]
         made: dict[str, Weight] = {}
-        with torch.inference_mode(False), torch.enable_grad():
+        with lasting_outside(), torch.enable_grad():
             for part in self.parts:
                 weight: Weight
                 own: dict[str, Tensor] = {local: self.tensors[name] for local, name in part.names.items()}
@@ -167,10 +170,10 @@ def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> li
             groups.setdefault((name, tensor.shape, tensor.dtype, tensor.device), []).append((index, name))
     found: list[dict[str, nn.Parameter]] = [{} for _ in entries]
     for members in groups.values():
-        # Detached, so that no gradient is recorded.
-        slab = torch.stack([entries[index].tensors[name].detach() for index, name in members])
-        for row, (index, name) in zip(slab.unbind(0), members, strict=True):
-            found[index][name] = nn.Parameter(row, requires_grad=entries[index].tensors[name].requires_grad)
+        with lasting_outside(), torch.no_grad():
+            slab = torch.stack([entries[index].tensors[name] for index, name in members])
+            for row, (index, name) in zip(slab.unbind(0), members, strict=True):
+                found[index][name] = nn.Parameter(row.detach(), requires_grad=entries[index].tensors[name].requires_grad)
     return [
         entry.on(entry.base if base is None else base, {name: own[name] for name in entry.tensors})
         for entry, own in zip(entries, found, strict=True)
@@ -187,10 +190,10 @@ def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
     """
     if len(tensors) == 1 and not lasting:
         return tensors[0].unsqueeze(0)
-    if lies_stacked(tensors):
-        made: Tensor = _AsTheyLie.apply(lasting, *tensors)  # type: ignore[no-untyped-call]
-        return made
-    return torch.stack(list(tensors))
+    if any(map(is_transformed, tensors)):
+        return torch.stack(list(tensors))
+    made: Tensor = _Stack.apply(lasting, *tensors)  # type: ignore[no-untyped-call]
+    return made
 
 
 def lies_stacked(tensors: Sequence[Tensor]) -> bool:
@@ -207,11 +210,13 @@ def lies_stacked(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-class _AsTheyLie(torch.autograd.Function):
-    """`torch.stack` of tensors that already are a stack."""
+class _Stack(torch.autograd.Function):
+    """`torch.stack`; of tensors that already are a stack a view, and gradients that are laid out as they are."""
 
     @staticmethod
     def forward(ctx: object, lasting: bool, *tensors: Tensor) -> Tensor:
+        if not lies_stacked(tensors):
+            return torch.stack(tensors)
         first, second = tensors[0].data if lasting else tensors[0].detach(), tensors[min(1, len(tensors) - 1)]
         step = (second.data_ptr() - first.data_ptr()) // first.element_size()
         return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))

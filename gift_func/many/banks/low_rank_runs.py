@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...weights import Dense, LowRank, Weight
+from ...weights._torch import lasting_outside
 from ...weights.mixed_linear import mixed_linear
 from .entry import stacked
 from .mix import Mix
@@ -64,27 +65,33 @@ class LowRankRuns:
         return [tensor._version for tensor in self._sources]
 
     @staticmethod
-    def of(members: Sequence[Weight]) -> LowRankRuns | None:
-        """The members' stack; None where they are of other kinds, or one without a change stands before one with."""
-        base: Tensor | None = None
-        changes = []
-        for member in members:
-            plain = member.base if isinstance(member, LowRank) else member
-            if not isinstance(plain, Dense) or plain.tensor.ndim != 2 or (base is not None and not _same(base, plain.tensor)):
-                return None
-            base = plain.tensor
-            if isinstance(member, LowRank):
-                fits = member.left.ndim == 2 and member.left.shape[0] == base.shape[0] and not member.dropout
-                if not fits or isinstance(member.scale, Tensor) or member.scale == 0 or member.left.dtype != base.dtype:
-                    return None
-                changes.append(member)
-        changed = [isinstance(member, LowRank) for member in members]
-        if base is None or not changes or any(later and not earlier for earlier, later in pairwise(changed)):
+    def of(members: Sequence[Weight], transposed: bool = False) -> LowRankRuns | None:
+        """The members' stack, or that of their transposes; made so that it carries gradients and may be kept.
+
+        Returns:
+            None where the members are of other kinds, or one without a change stands before one with.
+        """
+        with lasting_outside(), torch.enable_grad():
+            return _stack([member.mT for member in members] if transposed else members)
+
+
+def _stack(members: Sequence[Weight]) -> LowRankRuns | None:
+    base: Tensor | None = None
+    changes = []
+    for member in members:
+        plain = member.base if isinstance(member, LowRank) else member
+        if not isinstance(plain, Dense) or plain.tensor.ndim != 2 or (base is not None and not _same(base, plain.tensor)):
             return None
-        # Made under enable_grad whatever the mode, so that a stack that is kept carries gradients.
-        views = not torch.is_inference_mode_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(views):
-            return LowRankRuns(base, changes)
+        base = plain.tensor
+        if isinstance(member, LowRank):
+            fits = member.left.ndim == 2 and member.left.shape[0] == base.shape[0] and not member.dropout
+            if not fits or isinstance(member.scale, Tensor) or member.scale == 0 or member.left.dtype != base.dtype:
+                return None
+            changes.append(member)
+    changed = [isinstance(member, LowRank) for member in members]
+    if base is None or not changes or any(later and not earlier for earlier, later in pairwise(changed)):
+        return None
+    return LowRankRuns(base, changes)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -68,8 +68,7 @@ class Routed(Weight):
         """
         kept = self._low_rank.get(transposed)
         if kept is None or (isinstance(kept, LowRankRuns) and not kept.is_good):
-            members = [member.mT for member in self.members] if transposed else self.members
-            kept = self._low_rank[transposed] = LowRankRuns.of(members) or False
+            kept = self._low_rank[transposed] = LowRankRuns.of(self.members, transposed) or False
         return kept or None
 
 
