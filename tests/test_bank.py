@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import gift_func as gf
 from gift_func import testing
+from gift_func.many.banks import entry
+from gift_func.many.following.rows import Following
 
 MLP_ROW = BY_NAME["mlp"]
 
@@ -509,6 +511,73 @@ def test_a_call_that_goes_another_way_by_its_values_is_followed_anew() -> None:
         place = range(3) if sign < 0 else range(2, -1, -1)
         wanted = torch.stack([whole[owner][row] for row, owner in enumerate(place)])
         torch.testing.assert_close(bank(x, adapters=list("abc")), wanted, rtol=0, atol=1e-12)
+
+
+class Masked(nn.Module):
+    """Attention over tokens, with a mask that is left out where it hides nothing, as transformers' models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = x @ x.mT
+        if not bool(mask.all()):
+            scores = scores.masked_fill(~mask[:, None, :], -1e9)
+        found: Tensor = self.out(scores.softmax(-1) @ self.value(x))
+        return found
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry for each call that is followed."""
+    calls: list[int] = []
+    before = Following.__init__
+
+    def counted(self: Following, batch: int) -> None:
+        calls.append(batch)
+        before(self, batch)
+
+    monkeypatch.setattr(Following, "__init__", counted)
+    return calls
+
+
+def masked(count: int) -> dict[str, gf.AdaptedModel]:
+    torch.manual_seed(0)
+    model = Masked().double()
+    return {f"a{i}": gf.adapt(model, gf.LoRA(rank=2, init="random")) for i in range(count)}
+
+
+def test_a_call_that_reads_the_same_values_is_not_followed_again(followed: list[int]) -> None:
+    adapters = masked(2)
+    bank = gf.AdapterBank(adapters)
+    full, padded = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True, True, False], [True, True, True]])
+    calls = [(full, 1), (full, 0), (padded, 1), (padded, 0), (full, 1), (padded, 1), (padded, 1), (full, 1), (full, 1)]
+    for index, (mask, wanted) in enumerate(calls):
+        x = torch.randn(2, 3, 4, dtype=torch.float64)
+        assert_same(bank(x, mask, adapters=["a1", "a0"]), one_by_one(adapters, bank.base, ["a1", "a0"], ((x, mask), {})))
+        assert (index, len(followed)) == (index, wanted)
+        followed.clear()
+
+
+def test_a_mask_of_as_many_tokens_as_samples(followed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be of the batch or not; where the order of its rows makes no difference, samples are ordered all the same."""
+    stacks: list[bool] = []
+    before = entry.lies_stacked
+
+    def seen(tensors: Sequence[Tensor]) -> bool:
+        stacks.append(before(tensors))
+        return stacks[-1]
+
+    monkeypatch.setattr(entry, "lies_stacked", seen)
+    adapters = masked(3)
+    bank, names = gf.AdapterBank(adapters), ["a1", "a2", "a0"]
+    full, padded = torch.ones(3, 3, dtype=torch.bool), torch.tensor([[True, True, False], [True] * 3, [True] * 3])
+    for mask, lies in ((full, True), (padded, False)):
+        x = torch.randn(3, 3, 4, dtype=torch.float64)
+        assert_same(bank(x, mask, adapters=names), one_by_one(adapters, bank.base, names, ((x, mask), {})))
+        assert set(stacks) == {lies}
+        stacks.clear()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..following.replaying import StrayedError
 from ..following.rows import Rows, rows_of
 
 Use = tuple[str, int, int]
-
-
-class StrayedError(Exception):
-    """The network went another way than the remembered one."""
 
 
 class Mix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import GeneratorType
 from typing import Any
 
@@ -16,14 +17,18 @@ from ...body import Body
 from ...errors import AdaptError
 from ...fused import runs_fused
 from ...structure import Structure, clone
+from ..following.replaying import Replaying, StrayedError
 from ..following.rows import Following, Rows, tag
 from .entry import Entry
 from .gathered import Gathered
-from .mix import Mix, StrayedError
+from .mix import Mix
 from .planning import Batch, Plan, Plans, Way
 from .routed import ApartError
-from .samples import check_size, doubtful, is_mixed, is_opaque, kind_of, leads, merged, put_back, rows_out, shared
+from .samples import check_size, doubtful, is_mixed, is_opaque, is_same, kind_of, leads, merged, put_back, rows_out, shared
 from .steps import stepped, stepping
+
+MOST_STRAYS = 3
+"""After so many calls of a kind that did not go the remembered way, a call of it is always followed."""
 
 
 class Network:
@@ -107,7 +112,7 @@ class Network:
     def _together(self, batch: Batch, leaves: list[Any], spec: TreeSpec, method: str | None) -> Any:
         size = len(batch.entries)
         alike, kind = shared(leaves, size), kind_of(leaves, spec)
-        ordered = batch.order is not None and alike is not None and kind is not None
+        ordered = batch.order is not None and kind is not None and (alike is not None or is_same(leaves, batch.order))
         if self._keeps_order if method is None else self._tells(tree_unflatten(leaves, spec)[1]):
             ordered = False
         runs = batch.runs(ordered)
@@ -139,6 +144,7 @@ class Network:
                 found, out_spec, found_rows = self._pass(plan, counts, leaves, spec, inputs, kind)
             except StrayedError:
                 plan.ways.pop(kind, None)
+                plan.strays[kind] += 1
                 found, out_spec, found_rows = self._pass(plan, counts, leaves, spec, inputs, kind)
             if order is not None and any(is_opaque(leaf) or is_mixed(leaf) for leaf in found):
                 self._keeps_order = True  # what comes out in an order of ours could not be put back: go by the caller's
@@ -170,7 +176,8 @@ class Network:
         with plan.slots(mix) as slots, self.body.lent(slots, {}, private_buffers=False) as (twin, call):
             if way is not None:
                 args, kwargs = tree_unflatten(list(leaves), spec)
-                found, out_spec = tree_flatten(twin.structure.module(*args, **kwargs))
+                with Replaying(way.answers) if way.answers else nullcontext():
+                    found, out_spec = tree_flatten(twin.structure.module(*args, **kwargs))
                 tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
                 if mix.met is None or len(mix.met) != len(way.uses) or len(tensors) != len(way.rows):
                     raise StrayedError
@@ -183,10 +190,10 @@ class Network:
                 found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
             mix.outlived = call.outlived
         every = [rows_out(leaf) for leaf in found]
-        if kind is not None and mix.met is not None and not (mix.outlived or mode.decided or any(map(is_mixed, found))):
-            plan.ways[kind] = Way(
-                tuple(mix.met), tuple(rows for leaf, rows in zip(found, every, strict=True) if isinstance(leaf, Tensor))
-            )
+        mixed = mix.outlived or mode.decided or any(map(is_mixed, found))
+        if kind is not None and mix.met is not None and not mixed and plan.strays[kind] < MOST_STRAYS:
+            of_output = tuple(rows for leaf, rows in zip(found, every, strict=True) if isinstance(leaf, Tensor))
+            plan.ways[kind] = Way(tuple(mix.met), of_output, tuple(mode.answers))
         return found, out_spec, every
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from ...base import FrozenBase
 from ...fused import fused_names, guards
 from ...structure import Structure
 from ...weights import Slot
+from ..following.replaying import Answer
 from ..following.rows import Rows
 from .entry import Entry
 from .mix import Mix, Use
@@ -66,10 +67,12 @@ class Way:
     Attributes:
         uses: the routed parameters met and the dimensions of what met them, in order.
         rows: where the samples lie in each tensor of the output; None for one that is not of the batch.
+        answers: the numbers that were read of tensors.
     """
 
     uses: tuple[Use, ...]
     rows: tuple[Rows | None, ...]
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(eq=False)
@@ -82,6 +85,7 @@ class Plan:
         fused: whether a fused kernel would read an adapted parameter.
         apart: whether an adapted parameter is one of a module that runs all samples through one kernel (an LSTM).
         ways: what calls met that were followed, by their kind.
+        strays: how often a call did not go its kind's remembered way.
     """
 
     routed: dict[str, Routed]
@@ -89,6 +93,7 @@ class Plan:
     fused: bool
     apart: bool
     ways: dict[object, Way] = field(default_factory=dict)
+    strays: Counter[object] = field(default_factory=Counter)
     _spare: list[dict[str, RoutedSlot]] = field(default_factory=list)
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec
 
 from ...errors import AdaptError
+from ...weights._torch import is_transformed
 from ..following.layout import put
 from ..following.rows import Lost, Rows, rows_of
 from .routed import RoutedSlot
@@ -46,6 +47,14 @@ def shared(leaves: Sequence[Any], size: int) -> set[int] | None:
     if doubtful(leaves, size):
         return None
     return {place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leads(leaf, size)}
+
+
+def is_same(leaves: Sequence[Any], order: Sequence[int]) -> bool:
+    """Whether the doubtful tensors are the same in another order of the samples, so that it does not matter what they are."""
+    places = doubtful(leaves, len(order))
+    if any(is_transformed(leaves[place]) for place in places):
+        return False  # values of a batch that `torch.vmap` hides cannot be compared
+    return all(torch.equal(leaves[place], leaves[place][list(order)]) for place in places)
 
 
 def is_opaque(leaf: Any) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..following.replaying import StrayedError
 from ..following.rows import Following, Lost, Rows, rows_of, tag
-from .mix import Mix, StrayedError
+from .mix import Mix
 from .planning import Plan, Way
 from .routed import ApartError
 from .samples import kind_of, rows_out
@@ -87,7 +88,7 @@ def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
         kind, mode = under_way.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if mix.met is not None and output is not None and not mode.decided:
+            if mix.met is not None and output is not None and not (mode.decided or mode.answers):
                 plan.ways[kind] = Way(tuple(mix.met), ())
 
     encoder = _encoder_of(module)

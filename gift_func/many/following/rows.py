@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ...weights.names import METADATA
 from .layout import KEY, LOST, Lost, Rows, Tag, owner_index, put, rows_of, tag
+from .replaying import READERS, Answer
 from .table import RULES, TOLERANT, Batch, Function, Kwargs
 
 __all__ = ["Following", "Lost", "Rows", "owner_index", "rows_of", "tag"]
@@ -37,7 +38,8 @@ class Following(TorchFunctionMode):
         batch: the number of samples, B.
 
     Attributes:
-        decided: whether values of the batch were read, or became sizes, so that the network may go another way for others.
+        answers: the numbers that were read of tensors, one by one; for other numbers the network may go another way.
+        decided: whether the way may hang on values of the batch that are not among them: many at once, or sizes.
 
     Example:
         >>> import torch
@@ -52,6 +54,7 @@ class Following(TorchFunctionMode):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch = batch
+        self.answers: list[Answer] = []
         self.decided = False
         self._known = Batch(batch)
 
@@ -61,6 +64,9 @@ class Following(TorchFunctionMode):
         if func in METADATA:
             return func(*args, **kwargs) if kwargs else func(*args)
         result = func(*args, **kwargs) if kwargs else func(*args)
+        if func in READERS:
+            self.answers.append(result)
+            return result
         tagged = False
         lost: Tag = None
         for value in (*args, *kwargs.values()) if kwargs else args:
