@@ -108,7 +108,8 @@ class Body:
         """Let the copy hold the base's own tensors between calls, all of which bring theirs."""
         self.prepare()
         self._resting, self.computes = {}, False
-        self._slots = {part.name: self.base.tensors[part.name] for part in self.parts if part.name in self.base.tensors}
+        # Modules of the adapter's own have parameters that the base has not.
+        self._slots = {part.name: self.base.tensors.get(part.name, self.structure.tensor(part.name)) for part in self.parts}
         self._hold()
 
     def _hold(self) -> None:

@@ -321,6 +321,16 @@ def test_a_members_gradient_is_zero_for_the_others_outputs() -> None:
             assert not grad[others].any(), f"{name}: member {index}'s output gives others a gradient"
 
 
+def test_members_that_bring_modules_of_their_own() -> None:
+    members = members_of(nn_mlp(), *[{"layers.0": gf.Bottleneck(2)}] * 3)
+    ens = gf.stack(members)
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    for _ in range(2):
+        for index, member in enumerate(members):
+            assert_close(ens(x[0])[index], member(x[0]))
+            assert_close(ens.map(x)[index], member(x[index]))
+
+
 # --- errors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,35 +129,50 @@ def mixed_batch(scale: Scale) -> Case:
 
 
 def mixed_training(scale: Scale) -> Case:
-    """A training step on such a batch, which PEFT refuses."""
+    """A training step on such a batch, which PEFT refuses: by an ensemble's stacked tensors, and by a bank's separate ones."""
     model, adapters, tokens, names = mixture(scale)
-    bank = gf.AdapterBank(adapters).train()
+    bank, ens = gf.AdapterBank(adapters).train(), gf.stack(adapters.values()).train()
+    members = [list(adapters).index(name) for name in names]
     cotangents = cotangents_of(model, tokens)
     torch.autograd.backward(told(bank, tokens, adapters=names), cotangents)
+    torch.autograd.backward(told(ens.mix, tokens, members=members), cotangents)
     gradients = {name: p.grad for name, p in bank.named_trainable_parameters()}
-    for parameter in bank.trainable_parameters():
+    stacked = {name: p.grad for name, p in ens.named_trainable_parameters()}
+    for parameter in (*bank.trainable_parameters(), *ens.trainable_parameters()):
         parameter.grad = None
     for row, name in enumerate(names):
         adapter = adapters[name]
         backward(adapter, tokens[row : row + 1], [part[row : row + 1] for part in cotangents])
         for place, parameter in adapter.named_trainable_parameters():
-            found = gradients[f"{name}.{place}"]
+            found, share = gradients[f"{name}.{place}"], stacked[place]
             assert found is not None
+            assert share is not None
             assert parameter.grad is not None
-            check_same(f"gradients of {name} at {place}", [found], [parameter.grad])
+            check_same(f"gradients of {name} at {place}", [found, share[members[row]]], [parameter.grad] * 2)
         adapter.zero_grad()
-    calls: Calls = {"ours": mixed_step(bank, tokens, names), "floor": training(floor(), tokens)}
+    calls: Calls = {
+        "ours": stepping(lambda: told(ens.mix, tokens, members=members), ens.trainable_parameters(), cotangents),
+        "ours, a bank": mixed_step(bank, tokens, names),
+        "floor": training(floor(), tokens),
+    }
     facts = {"adapters": len(adapters), "tokens": tokens.numel()}
-    return Case(calls, facts=facts, note="PEFT: refuses to train a mixed batch", targets={"ours/floor": 1.15})
+    pairs = (("ours", "floor"), ("ours, a bank", "floor"))
+    return Case(calls, pairs, facts, note="PEFT: refuses to train a mixed batch", targets={"ours/floor": 1.15})
 
 
 def mixed_step(bank: gf.AdapterBank, tokens: Tensor, names: Sequence[str]) -> Callable[[], object]:
-    """A training step on a mixed batch as a call; as `step.training`."""
-    optimizer = torch.optim.SGD(bank.trainable_parameters(), lr=0.0)
+    """A bank's training step on a mixed batch as a call; as `step.training`."""
     cotangents = cotangents_of(mini_lm(), tokens)
+    return stepping(lambda: told(bank, tokens, adapters=names), bank.trainable_parameters(), cotangents)
+
+
+def stepping(
+    forward: Callable[[], list[Tensor]], parameters: Iterable[nn.Parameter], cotangents: Sequence[Tensor]
+) -> Callable[[], object]:
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
 
     def run() -> None:
-        torch.autograd.backward(told(bank, tokens, adapters=names), cotangents)
+        torch.autograd.backward(forward(), cotangents)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -21,6 +21,7 @@ from .gathered import Gathered
 from .keeping import Conversion, Kept
 from .mixing import Network
 from .planning import Batch, arrange
+from .samples import numbers_of
 
 Names = Sequence[str | None]
 
@@ -258,7 +259,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         """The parameters of all adapters that require grad, as `<adapter>.<global name>`."""
         for name, entry in self._entries.items():
             for tensor_name, tensor in entry.tensors.items():
-                if tensor.requires_grad:
+                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                     yield f"{name}.{tensor_name}", tensor
 
     # --- inside
@@ -308,10 +309,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         return self._gathered
 
     def _by_index(self, index: Tensor) -> list[Entry | None]:
-        if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
-            raise AdaptError(f"indices of adapters are whole numbers of shape (batch,), got {index.dtype} {tuple(index.shape)}")
-        entries = list(self._entries.values())
-        numbers: list[int] = index.tolist()
+        entries, numbers = list(self._entries.values()), numbers_of(index, "adapters")
         for number in numbers:
             if not -1 <= number < len(entries):
                 raise AdaptError(f"there is no adapter {number} in a bank of {len(entries)}; -1 is the base alone")

@@ -28,7 +28,7 @@ class Entry:
         base: the frozen base.
         parts: the adapted parameters.
         strategy: the strategy, or None where actions replaced modules.
-        tensors: the adapter's tensors under global names.
+        tensors: the adapter's tensors under global names: parameters, or views of stacked ones.
         buffers: the persistent buffers that are not the base's.
         structure: the network with the modules that the adapter brought in; None if it brought none.
     """
@@ -36,7 +36,7 @@ class Entry:
     base: FrozenBase
     parts: tuple[Part, ...]
     strategy: Strategy | None
-    tensors: dict[str, nn.Parameter]
+    tensors: Mapping[str, Tensor]
     buffers: dict[str, Tensor]
     structure: Structure | None
     _statistics: dict[str, int] = field(default_factory=dict, repr=False)
@@ -49,7 +49,7 @@ class Entry:
         body = model._body
         state = model.adapter_state_dict()
         buffers = {name: clone(tensor) for name, tensor in state.items() if name not in model.adapter}
-        own = _own_modules(body.structure, body.base.structure)
+        own = own_modules(body.structure, body.base.structure)
         tensors = dict(model.adapter.items())
         return Entry(body.base, model.parts, model.strategy, tensors, buffers, body.structure.copy(clone) if own else None)
 
@@ -79,7 +79,7 @@ class Entry:
                     self._statistics[name] = mine._version
                     self.buffers[name] = mine
 
-    def on(self, base: FrozenBase, tensors: Mapping[str, nn.Parameter]) -> Entry:
+    def on(self, base: FrozenBase, tensors: Mapping[str, Tensor]) -> Entry:
         """The same adapter by other tensors, on the same base or another view of it."""
         if base is not self.base:
             base.learn(self.base)
@@ -152,7 +152,13 @@ class Entry:
         for name, buffer in self.buffers.items():
             module_name, _, attribute = name.rpartition(".")
             structure.modules[module_name]._buffers[attribute] = buffer
-        return AdaptedModel(self.base, structure, self.parts, self.tensors, self.strategy)
+        tensors = {
+            name: tensor
+            if isinstance(tensor, nn.Parameter)
+            else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+            for name, tensor in self.tensors.items()
+        }
+        return AdaptedModel(self.base, structure, self.parts, tensors, self.strategy)
 
 
 def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> list[Entry]:
@@ -188,12 +194,31 @@ def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
         lasting: let a stack without a copy be of use after the tensors were written to, as an optimizer does. Autograd then
             cannot notice a write between a forward and its backward.
     """
+    whole = None if lasting else _rows_of_stack(tensors)
+    if whole is not None:
+        return whole
     if len(tensors) == 1 and not lasting:
         return tensors[0].unsqueeze(0)
     if any(map(is_transformed, tensors)):
         return torch.stack(list(tensors))
     made: Tensor = _Stack.apply(lasting, *tensors)  # type: ignore[no-untyped-call]
     return made
+
+
+def _rows_of_stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The parameter that the tensors are rows of, or these rows of it; None if they are no rows of one."""
+    whole = tensors[0]._base
+    if whole is None or not isinstance(whole, nn.Parameter) or any(tensor._base is not whole for tensor in tensors):
+        return None
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    for rows in (whole, whole.mT) if whole.ndim > 2 else (whole,):
+        places = [divmod(int(tensor.storage_offset() - rows.storage_offset()), rows.stride(0)) for tensor in tensors]
+        if rows.shape[1:] == shape and rows.stride()[1:] == strides and not any(rest for _, rest in places):
+            index = [place for place, _ in places]
+            if index == list(range(len(rows))):
+                return rows
+            return rows.index_select(0, torch.tensor(index, device=rows.device))
+    return None
 
 
 def lies_stacked(tensors: Sequence[Tensor]) -> bool:
@@ -227,7 +252,7 @@ class _Stack(torch.autograd.Function):
         return None, *grad.contiguous().unbind(0)
 
 
-def _own_modules(structure: Structure, base: Structure) -> bool:
+def own_modules(structure: Structure, base: Structure) -> bool:
     """Whether the modules are others than the base's in kind, or hold other parameters or hooks."""
     ours, theirs = structure.modules, base.modules
     if ours.keys() != theirs.keys() or structure.names.keys() != base.names.keys():

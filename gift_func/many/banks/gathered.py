@@ -18,7 +18,7 @@ from ...base import FrozenBase
 from ...body import Body
 from ...errors import AdaptError
 from ...structure import Structure, clone
-from ..ensembles.recipe import share
+from ..recipe import share
 from .entry import lies_stacked, stacked
 from .samples import check_size, shared
 

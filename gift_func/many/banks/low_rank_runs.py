@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...weights import Dense, LowRank, Weight
@@ -51,8 +51,10 @@ class LowRankRuns:
     @property
     def is_good(self) -> bool:
         """Whether the stack is what the adapters' tensors are now, and carries gradients to them where they are wanted."""
-        # A view of tensors that an optimizer wrote to since is of no more use to autograd, though its values are the new ones.
-        return self._read_versions() == self._versions and not (self._copied and torch.is_grad_enabled())
+        # A view of tensors that an optimizer wrote to since is of no more use to autograd, though its values are the new ones;
+        # an ensemble's own stacks are no views.
+        whole = isinstance(self.left, nn.Parameter) and isinstance(self.right, nn.Parameter)
+        return whole or (self._read_versions() == self._versions and not (self._copied and torch.is_grad_enabled()))
 
     def linear(self, mix: Mix, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ W_n.mT + bias`, n the run of the row of x, which lie along its first axis in order."""

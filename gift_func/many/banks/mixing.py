@@ -47,7 +47,7 @@ class Network:
         self.body = Body(base, structure, ())
         self.body.rest_on_base()
         self.plans = Plans(base, structure)
-        self._statistics = _uses_statistics(structure)
+        self.statistics = _uses_statistics(structure)
         self._keeps_order = False
 
     def in_mode(self, training: bool) -> Network:
@@ -56,7 +56,7 @@ class Network:
 
     def model(self, entry: Entry) -> AdaptedModel:
         """An adapter as a model of its own."""
-        if self._statistics is not None:
+        if self.statistics is not None:
             entry.keep_statistics()
         return entry.model(self.body.structure.copy(clone)).train(self.training)
 
@@ -102,7 +102,7 @@ class Network:
         distinct = set(batch.entries)
         if len(distinct) <= 1:
             return alone(next(iter(distinct), None), args, kwargs)
-        if self._statistics is None and not any(entry is not None and entry.apart for entry in distinct):
+        if self.statistics is None and not any(entry is not None and entry.apart for entry in distinct):
             try:
                 return self._together(batch, leaves, spec, method)
             except ApartError:

@@ -31,6 +31,18 @@ def check_size(leaves: Sequence[Any], size: int) -> None:
         )
 
 
+def numbers_of(index: Tensor, of: str) -> list[int]:
+    """The numbers in an index tensor.
+
+    Raises:
+        AdaptError: if it is none.
+    """
+    if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
+        raise AdaptError(f"indices of {of} are whole numbers of shape (batch,), got {index.dtype} {tuple(index.shape)}")
+    found: list[int] = index.tolist()
+    return found
+
+
 def leads(tensor: Tensor, size: int) -> bool:
     """Whether a tensor's leading axis is as long as the batch."""
     return tensor.ndim > 0 and tensor.shape[0] == size

@@ -18,8 +18,9 @@ from ...errors import AdaptError
 from ...show import tree
 from ...structure import Structure, clone
 from ...surgery import seeded
-from .recipe import Recipe
-from .running import CannotBatchError, Member, batched, one_by_one
+from ..banks.members import Members
+from ..recipe import Recipe
+from .running import CannotBatchError, Member, batched, one_by_one, without_rule
 
 Tensors = Mapping[str, Tensor]
 Randomness = Literal["different", "same"]
@@ -54,7 +55,7 @@ class Ensemble(nn.Module):
         self.chunk_size: int | None = None
         self.randomness: Randomness = "different"
         self.generator: torch.Generator | None = None
-        self._unbatchable = _without_rule(structure)
+        self._unbatchable = without_rule(structure)
         self._reasons: dict[tuple[bool, bool, bool], str] = {}
         self.fallback = self._unbatchable
         for name, stacked in buffers.items():
@@ -65,6 +66,7 @@ class Ensemble(nn.Module):
         self._state = tuple(buffers)
         self._alike: dict[str, tuple[Tensor, int, bool]] = {}
         self._view: BaseView | None = None
+        self._members: Members | None = None
         self.training = structure.module.training
         self.adapter = AdapterDict(tensors, structure)
 
@@ -85,6 +87,37 @@ class Ensemble(nn.Module):
             AdaptError: if a tensor has another leading axis.
         """
         return self._call(self.adapter.current(), None, args, kwargs, mapped=True)
+
+    @torch.compiler.disable(reason="no graph holds it; gf.AdapterBank(...).prepare() is for that")  # type: ignore[untyped-decorator]
+    def mix(self, *args: Any, members: Sequence[int | None] | Tensor, **kwargs: Any) -> Any:
+        """A batch whose samples have members of their own, in one pass, as a bank runs them: forward and backward.
+
+        A member without samples has a gradient of zeros, by which an optimizer with momentum or weight decay still moves it.
+
+        Args:
+            args: the network's arguments; tensors have the samples as leading axis.
+            members: for each sample the index of its member, or None for the base alone; or int64 `(batch,)`, -1 for the
+                base alone.
+            kwargs: the network's keyword arguments.
+
+        Returns:
+            What the network returns, its samples in the order given.
+
+        Raises:
+            AdaptError: for an index that no member has, as many indices as there are no samples, or as of `AdapterBank`.
+
+        Example:
+            >>> import torch, gift_func as gf
+            >>> ens = gf.adapt_ensemble(torch.nn.Linear(4, 2), gf.LoRA(rank=1), 3)
+            >>> ens.mix(torch.randn(4, 4), members=[2, 0, None, 2]).shape
+            torch.Size([4, 2])
+        """
+        given = self._body, self.recipe, self.adapter.current(), {name: self._buffer(name) for name in self._state}
+        found = self._members
+        if found is None or not found.are(*given):
+            found = self._members = Members(*given)
+        with self._drawing():
+            return found.run(members, args, kwargs)
 
     def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward` on any tensors and buffers; nothing is written to."""
@@ -300,14 +333,6 @@ class Ensemble(nn.Module):
         methods = {part.name: part.method for part in self.recipe.parts}
         how = "at once" if self.fallback is None else f"one after another: {self.fallback}"
         return f"Ensemble of {len(self)}, run {how}\n{tree(self._body.structure, methods)}"
-
-
-def _without_rule(structure: Structure) -> str | None:
-    """A module that torch cannot batch over weights."""
-    for name, module in structure.modules.items():
-        if isinstance(module, nn.RNNBase):
-            return f"torch has no batching rule for {name or 'the model'}, a {type(module).__name__}"
-    return None
 
 
 def _restore(

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import AdaptError
+from ...structure import Structure
 from ...surgery import seeded
 from .batching import Batching, DisagreementError
 
@@ -185,3 +186,11 @@ def _check_plain(leaves: Sequence[Any]) -> None:
                 "Return tensors, in tuples, dicts or dataclasses that torch knows as trees; of a transformers model, pass "
                 "use_cache=False."
             )
+
+
+def without_rule(structure: Structure) -> str | None:
+    """A module that torch cannot batch over weights."""
+    for name, module in structure.modules.items():
+        if isinstance(module, nn.RNNBase):
+            return f"torch has no batching rule for {name or 'the model'}, a {type(module).__name__}"
+    return None

@@ -13,8 +13,8 @@ from ...adapted import AdaptedModel
 from ...base import FrozenBase
 from ...errors import AdaptError
 from ...structure import Structure
+from ..recipe import share
 from .ensemble import Ensemble, Randomness
-from .recipe import share
 
 
 def stack(

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...adapted import AdaptedModel
-from ...base import FrozenBase
-from ...body import Part
-from ...errors import AdaptError
-from ...methods import Method
-from ...strategy import Strategy
-from ...structure import clone
+from ..adapted import AdaptedModel
+from ..base import FrozenBase
+from ..body import Part
+from ..errors import AdaptError
+from ..methods import Method
+from ..strategy import Strategy
+from ..structure import clone
 
 _MEANT_BY_RANK = ("rank", "alpha", "rslora", "initialization", "rank_pattern", "alpha_pattern")
 
