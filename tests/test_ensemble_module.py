@@ -380,12 +380,16 @@ def test_mini_lm_with_masks_on_one_batch_and_on_each_members_own(padding: str) -
     mask[: {"none": 0, "some": 1, "all": 3}[padding], 1, 9:] = 0
     found = ens.map(input_ids=ids, attention_mask=mask).last_hidden_state
     shared = ens(input_ids=ids[0], attention_mask=mask[0]).last_hidden_state
+    mixed = ens.mix(input_ids=ids[:, 1], attention_mask=mask[:, 1], members=[2, 0, 1]).last_hidden_state
     assert ens.fallback is None
     (found * mask.unsqueeze(-1)).square().mean((1, 2, 3)).sum().backward()
     for index, member in enumerate(members):
         wanted = member(input_ids=ids[index], attention_mask=mask[index]).last_hidden_state
         assert_close(found[index], wanted, 1e-9)
         assert_close(shared[index], member(input_ids=ids[0], attention_mask=mask[0]).last_hidden_state, 1e-9)
+        row = [2, 0, 1].index(index)
+        own = member(input_ids=ids[row : row + 1, 1], attention_mask=mask[row : row + 1, 1]).last_hidden_state
+        assert_close(mixed[row], own[0], 1e-9)
         (wanted * mask[index].unsqueeze(-1)).square().mean().backward()
         for name, parameter in member.named_trainable_parameters():
             stacked = ens.adapter[name].grad
