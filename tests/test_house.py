@@ -55,7 +55,7 @@ FLOORS = [
     ["many.banks.by_runs"],
     ["many.banks.routed"],
     ["many.banks.planning", "many.banks.samples"],
-    ["many.banks.gathered", "many.banks.keeping", "many.banks.steps"],
+    ["many.banks.arguments", "many.banks.gathered", "many.banks.keeping", "many.banks.steps"],
     ["many.banks.mixing"],
     ["many.banks.bank", "many.banks.members"],
     ["many.banks"],

@@ -19,13 +19,17 @@ from ...fused import runs_fused
 from ...structure import Structure, clone
 from ..following.replaying import Replaying, StrayedError
 from ..following.rows import Following, Rows, tag
+from .arguments import Arguments
 from .entry import Entry
 from .gathered import Gathered
 from .mix import Mix
 from .planning import Batch, Plan, Plans, Way
 from .routed import ApartError
-from .samples import check_size, doubtful, is_mixed, is_opaque, is_same, kind_of, leads, merged, put_back, rows_out, shared
+from .samples import check_size, is_mixed, is_opaque, leads, merged, put_back, rows_out, shared
 from .steps import stepped, stepping
+
+Found = tuple[list[Any], TreeSpec, Sequence[Rows | None]]
+"""The leaves of an output, its tree, and where the samples lie in each of them."""
 
 MOST_STRAYS = 3
 """After so many calls of a kind that did not go the remembered way, a call of it is always followed."""
@@ -109,49 +113,78 @@ class Network:
                 pass
         return _one_by_one(batch, leaves, spec, alone, method, None if method is None else self._padding(kwargs))
 
-    def _together(self, batch: Batch, leaves: list[Any], spec: TreeSpec, method: str | None) -> Any:
+    def _together(self, batch: Batch, leaves: Sequence[Any], spec: TreeSpec, method: str | None) -> Any:
         size = len(batch.entries)
-        alike, kind = shared(leaves, size), kind_of(leaves, spec)
-        ordered = batch.order is not None and kind is not None and (alike is not None or is_same(leaves, batch.order))
-        if self._keeps_order if method is None else self._tells(tree_unflatten(leaves, spec)[1]):
-            ordered = False
-        runs = batch.runs(ordered)
+        given = Arguments.of(leaves, spec, size)
+        as_given = self._keeps_order if method is None else self._tells(given.whole()[1])
+        order = torch.tensor(batch.order) if given.allow(batch.order) and not as_given else None
+        runs = batch.runs(ordered=order is not None)
         plan = self.plans.of([entry for entry, _ in runs], self.training)
         if plan.apart or (plan.fused and runs_fused(self.body.structure, ())):
             raise ApartError
-        order = torch.tensor(batch.order) if ordered else None
-        outside = doubtful(leaves, size) if alike is None else alike
-        inputs = {p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leads(leaf, size) and p not in outside}
-        given = leaves
-        if order is not None:
-            leaves = [leaf.index_select(0, order.to(leaf.device)) if p in inputs else leaf for p, leaf in enumerate(leaves)]
         counts = [count for _, count in runs]
+        arguments = given if order is None else given.ordered(order)
         if method is not None:
-            args, kwargs = tree_unflatten(
-                [tag(leaf, Rows(0, 1)) if p in inputs else leaf for p, leaf in enumerate(leaves)], spec
-            )
-            mix = Mix(counts)
-            with (
-                torch.no_grad(),  # as generate has it: so a call begins in the mode it runs in
-                plan.slots(mix) as slots,
-                self.body.lent(slots, {}, private_buffers=False) as (twin, _),
-                stepping(twin.structure.module, plan, mix),
-            ):
-                found, out_spec = tree_flatten(getattr(twin.structure.module, method)(*args, **kwargs))
-            found_rows: Sequence[Rows | None] = [_of_samples(leaf, size) for leaf in found]
+            found, out_spec, rows = self._stepping(plan, counts, arguments, method)
         else:
-            try:
-                found, out_spec, found_rows = self._pass(plan, counts, leaves, spec, inputs, kind)
-            except StrayedError:
-                plan.ways.pop(kind, None)
-                plan.strays[kind] += 1
-                found, out_spec, found_rows = self._pass(plan, counts, leaves, spec, inputs, kind)
+            found, out_spec, rows = self._forward(plan, counts, arguments)
             if order is not None and any(is_opaque(leaf) or is_mixed(leaf) for leaf in found):
                 self._keeps_order = True  # what comes out in an order of ours could not be put back: go by the caller's
-                return self._together(batch, given, spec, method)
+                return self._together(batch, leaves, spec, method)
         back = None if order is None else torch.argsort(order)
-        made = [put_back(leaf, rows, back, size) for leaf, rows in zip(found, found_rows, strict=True)]
+        made = [put_back(leaf, one, back, size) for leaf, one in zip(found, rows, strict=True)]
         return tree_unflatten([stepped(leaf, size) if isinstance(leaf, GeneratorType) else leaf for leaf in made], out_spec)
+
+    def _forward(self, plan: Plan, counts: Sequence[int], arguments: Arguments) -> Found:
+        """One forward: by tags, or as an earlier call of its kind found."""
+        way = None if arguments.kind is None else plan.ways.get(arguments.kind)
+        if way is None:
+            return self._followed(plan, counts, arguments)
+        try:
+            return self._replayed(plan, counts, arguments, way)
+        except StrayedError:
+            plan.ways.pop(arguments.kind, None)
+            plan.strays[arguments.kind] += 1
+            return self._followed(plan, counts, arguments)
+
+    def _replayed(self, plan: Plan, counts: Sequence[int], arguments: Arguments, way: Way) -> Found:
+        mix = Mix(counts, way.uses)
+        args, kwargs = arguments.whole()
+        with plan.slots(mix) as slots, self.body.lent(slots, {}, private_buffers=False) as (twin, _):
+            with Replaying(way.answers) if way.answers else nullcontext():
+                found, out_spec = tree_flatten(twin.structure.module(*args, **kwargs))
+            tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+            if mix.met is None or len(mix.met) != len(way.uses) or len(tensors) != len(way.rows):
+                raise StrayedError
+        rows = iter(way.rows)
+        return found, out_spec, [next(rows) if isinstance(leaf, Tensor) else None for leaf in found]
+
+    def _followed(self, plan: Plan, counts: Sequence[int], arguments: Arguments) -> Found:
+        mix, kind = Mix(counts), arguments.kind
+        args, kwargs = arguments.tagged()
+        with plan.slots(mix) as slots, self.body.lent(slots, {}, private_buffers=False) as (twin, call):
+            with Following(mix.size) as mode:
+                found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
+            mix.outlived = call.outlived
+        rows = [rows_out(leaf) for leaf in found]
+        mixed = mix.outlived or mode.decided or any(map(is_mixed, found))
+        if kind is not None and mix.met is not None and not mixed and plan.strays[kind] < MOST_STRAYS:
+            of_output = tuple(one for leaf, one in zip(found, rows, strict=True) if isinstance(leaf, Tensor))
+            plan.ways[kind] = Way(tuple(mix.met), of_output, tuple(mode.answers))
+        return found, out_spec, rows
+
+    def _stepping(self, plan: Plan, counts: Sequence[int], arguments: Arguments, method: str) -> Found:
+        """A method that calls the network again and again."""
+        mix = Mix(counts)
+        args, kwargs = arguments.tagged()
+        with (
+            torch.no_grad(),  # as generate has it: so a call begins in the mode it runs in
+            plan.slots(mix) as slots,
+            self.body.lent(slots, {}, private_buffers=False) as (twin, _),
+            stepping(twin.structure.module, plan, mix),
+        ):
+            found, out_spec = tree_flatten(getattr(twin.structure.module, method)(*args, **kwargs))
+        return found, out_spec, [_of_samples(leaf, mix.size) for leaf in found]
 
     def _tells(self, kwargs: dict[str, Any]) -> bool:
         """Whether `generate` tells more than the tokens: where in a batch of beams each came from, a cache."""
@@ -166,35 +199,6 @@ class Network:
             if found is not None:
                 return int(found[0] if isinstance(found, (list, tuple)) else found)
         return 0
-
-    def _pass(
-        self, plan: Plan, counts: Sequence[int], leaves: Sequence[Any], spec: TreeSpec, inputs: set[int], kind: object
-    ) -> tuple[list[Any], TreeSpec, Sequence[Rows | None]]:
-        """One forward: the outputs and where the samples lie in them, by tags or as an earlier call of its kind found."""
-        way = None if kind is None else plan.ways.get(kind)
-        mix = Mix(counts, None if way is None else way.uses)
-        with plan.slots(mix) as slots, self.body.lent(slots, {}, private_buffers=False) as (twin, call):
-            if way is not None:
-                args, kwargs = tree_unflatten(list(leaves), spec)
-                with Replaying(way.answers) if way.answers else nullcontext():
-                    found, out_spec = tree_flatten(twin.structure.module(*args, **kwargs))
-                tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
-                if mix.met is None or len(mix.met) != len(way.uses) or len(tensors) != len(way.rows):
-                    raise StrayedError
-                rows = iter(way.rows)
-                return found, out_spec, [next(rows) if isinstance(leaf, Tensor) else None for leaf in found]
-            args, kwargs = tree_unflatten(
-                [tag(leaf, Rows(0, 1)) if p in inputs else leaf for p, leaf in enumerate(leaves)], spec
-            )
-            with Following(mix.size) as mode:
-                found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
-            mix.outlived = call.outlived
-        every = [rows_out(leaf) for leaf in found]
-        mixed = mix.outlived or mode.decided or any(map(is_mixed, found))
-        if kind is not None and mix.met is not None and not mixed and plan.strays[kind] < MOST_STRAYS:
-            of_output = tuple(rows for leaf, rows in zip(found, every, strict=True) if isinstance(leaf, Tensor))
-            plan.ways[kind] = Way(tuple(mix.met), of_output, tuple(mode.answers))
-        return found, out_spec, every
 
 
 def _one_by_one(
