@@ -18,7 +18,7 @@ from .base import BaseView, FrozenBase
 from .errors import AdaptError
 from .initial import Initial
 from .methods import DoRA, LoRA, Method
-from .methods.lora import CONVOLUTIONS, HF_CONV1D
+from .methods.matrix import CONVOLUTIONS, HF_CONV1D
 from .methods.method import FrozenMap, is_a
 from .select import Regex
 from .strategy import Placement, Strategy

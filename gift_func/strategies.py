@@ -22,7 +22,7 @@ from torch import nn
 from .errors import AdaptError, nearest
 from .factories import AdaptByReading, Outcome, a_adapt, c_type
 from .methods import Full, LoRA, Method, SVDiff
-from .methods.lora import CONVOLUTIONS
+from .methods.matrix import CONVOLUTIONS
 from .surgery import Action, Cap, Check
 
 Paras = Mapping[str, Mapping[str, Any]]

@@ -13,7 +13,7 @@ ROOT = Path(gift_func.__file__).parent
 FLOORS = [
     ["errors", "weights._torch"],
     ["weights.names", "weights.value"],
-    ["weights.stacked_linear"],
+    ["weights.gain", "weights.stacked_linear"],
     ["weights.mixed_linear"],
     ["weights.stacked_attention"],
     ["weights.fused_linear"],
@@ -36,7 +36,7 @@ FLOORS = [
     ["replica"],
     ["structure", "select", "snapshot"],
     ["methods.method"],
-    ["methods.full", "methods.graft", "methods.matrix"],
+    ["methods.full", "methods.graft", "methods.matrix", "methods.rank_allocation"],
     ["methods.layout"],
     ["methods.factored"],
     ["methods.lora_init"],

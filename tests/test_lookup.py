@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.methods.hira import Modulated
-from gift_func.methods.loha import Hadamard
-from gift_func.methods.lokr import Kronecker
+from gift_func.weights import Hadamard, Kronecker, Modulated
 
 METHODS: dict[str, tuple[gf.Method, type[Any]]] = {
     "HiRA": (gf.HiRA(3), Modulated),

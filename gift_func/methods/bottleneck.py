@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import AdaptError
 from .graft import Graft, Scion
-from .lora import HF_CONV1D
-from .method import is_a
+from .matrix import HF_CONV1D
+from .method import check_choice, check_dropout, check_whole, is_a
 
 Nonlinearity = Literal["relu", "gelu", "silu", "tanh"]
 FUNCTIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -62,12 +62,9 @@ class Bottleneck(Graft):
     attribute = "bottleneck"
 
     def __post_init__(self) -> None:
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
-            raise AdaptError(f"Bottleneck needs a whole dim of at least 1, got dim={self.dim!r}")
-        if self.nonlinearity not in get_args(Nonlinearity):
-            raise AdaptError(f"nonlinearity is one of {', '.join(FUNCTIONS)}, got nonlinearity={self.nonlinearity!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdaptError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
+        check_whole(self, "dim")
+        check_choice("nonlinearity", self.nonlinearity, get_args(Nonlinearity))
+        check_dropout(self)
 
     def scion(self, host: nn.Module) -> Scion:
         width = self.width or _width(host, self.parallel)

@@ -7,11 +7,12 @@ from dataclasses import KW_ONLY
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..select import Site
 from ..weights import Dense, Magnitude, Weight
 from .lora import LoRA
+from .matrix import view_of
 from .method import settings, settled
 
 
@@ -54,8 +55,7 @@ class DoRA(LoRA):
     by_column: bool = settled(default=False)
 
     def at(self, site: Site) -> Self:
-        made = super().at(site)
-        return made.but(by_column=made.layout == "transposed" or isinstance(site.module, (nn.Embedding, nn.EmbeddingBag)))
+        return super().at(site).but(by_column=view_of(site) == "transposed")
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         tensors = super().init(site, generator)

@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import Reflected, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .method import FrozenMap
+from .method import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,7 @@ class HRA(MatrixMethod):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
-        for pattern, rank in [("", self.rank), *self.rank_pattern.items()]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                place = f" (rank_pattern {pattern!r})" if pattern else ""
-                raise AdaptError(f"HRA needs a whole rank of at least 1, got rank={rank!r}{place}")
+        check_whole(self, "rank")
 
     @property
     def starts_as_base(self) -> bool:

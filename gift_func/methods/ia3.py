@@ -10,11 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import Reshaped, Scaled, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import Method
+from .method import Method, check_choice
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class IA3(MatrixMethod):
     groups: int = field(default=1, repr=False, compare=False, metadata={"settled": True})
 
     def __post_init__(self) -> None:
-        if self.side not in ("output", "input"):
-            raise AdaptError(f"side is one of output, input, got side={self.side!r}")
+        check_choice("side", self.side, ("output", "input"))
 
     def refuses(self, site: Site) -> str | None:
         module = site.module

@@ -2,96 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, field
 from math import prod
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..select import Site
-from ..weights import LowRank, OnBase, Weight
-from ..weights.value import add_scaled
-from .lora import Layout, OnMatrices, OutputDropout, check_dropout, layout_of, matrix_of, rank_axes, uniform
-from .method import FrozenMap, check_choice, check_whole, option, settings, settled
+from ..weights import Hadamard, OutputDropout, Weight
+from .factored import LowRankMethod, uniform
+from .layout import Layout, matrix_of, rank_axes
+from .method import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 Init = Literal["kaiming", "normal", "random"]
-NO_DROPOUT = OutputDropout()
-
-
-class Hadamard(OnBase):
-    """`W + s·reshape((A₁·B₁) ⊙ (A₂·B₂))`.
-
-    Args:
-        base: W.
-        factors: A₁ `(..., rows, r)`, B₁ `(..., r, columns)`, A₂, B₂.
-        cores: Tucker cores `(r, r, k...)`, with A `(rows, r)` and B `(r, channels)` on their first two sides; None without.
-        scale: s.
-        transposed: whether W is stored `(columns, rows)`.
-        dropout: of rows.
-    """
-
-    def __init__(
-        self,
-        base: Weight,
-        factors: Mapping[str, Tensor],
-        cores: Mapping[str, Tensor],
-        scale: float,
-        transposed: bool,
-        dropout: OutputDropout = NO_DROPOUT,
-    ) -> None:
-        self.base = base
-        self.dropout = dropout
-        self.a1, self.b1 = factors["w1_a"], factors["w1_b"]
-        self.a2, self.b2 = factors["w2_a"], factors["w2_b"]
-        self.t1, self.t2 = cores.get("t1"), cores.get("t2")
-        self.scale = scale
-        self.transposed = transposed
-
-    def dense(self) -> Tensor:
-        first = _product(self.a1 * self.scale, self.b1, self.t1)
-        change = first * _product(self.a2, self.b2, self.t2)
-        if self.dropout:
-            lead = change.shape[: self.a1.ndim - 1]
-            change = change * self.dropout.factor(change, *lead).reshape(*lead, *[1] * (change.ndim - len(lead)))
-        change = change.mT if self.transposed else change.reshape(self.base.shape)
-        return add_scaled(self.base.dense(), change, 1.0)
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows, rank = self.a1.shape[-2:]
-        columns = self.b1.shape[-1]
-        tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
-        # The product of rows a ⊙ b of two factors of rank r is a factor of rank r²: for few tokens the cheaper way.
-        few = (tokens + 1) * rank * (rows + columns) < 2 * rows * columns
-        if not few or self.dropout or self.t1 is not None or self.base.shape != torch.Size([rows, columns]):
-            return super().linear(x, bias)
-        left = (self.a1.unsqueeze(-1) * self.a2.unsqueeze(-2)).flatten(-2)
-        right = (self.b1.unsqueeze(-2) * self.b2.unsqueeze(-3)).flatten(-3, -2)
-        return LowRank(self.base, left, right, self.scale).linear(x, bias)
-
-    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
-        if (
-            self.dropout
-            or self.t1 is not None
-            or self.transposed
-            or self.base.shape != torch.Size([self.a1.shape[-2], self.b1.shape[-1]])
-        ):
-            return super().choose(pick, padding)
-        change = (pick(self.a1) @ self.b1) * (pick(self.a2) @ self.b2)
-        if padding is not None:
-            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
-        return add_scaled(self.base.choose(pick, padding), change, self.scale)
-
-    def eval(self) -> Weight:
-        made = copy.copy(self)
-        made.base, made.dropout = self.base.eval(), NO_DROPOUT
-        return made
 
 
 @settings
-class LoHa(OnMatrices):
+class LoHa(LowRankMethod):
     """`W' = W + s·(A₁·B₁) ⊙ (A₂·B₂)` with `s = alpha / rank`: a Hadamard product of two low-rank changes.
 
     Its rank reaches r², where LoRA's with as many parameters reaches 2r. B₂ starts at zero.
@@ -145,21 +74,8 @@ class LoHa(OnMatrices):
 
     def __post_init__(self) -> None:
         check_whole(self, "rank")
-        check_dropout(self.rank_dropout, "rank_dropout")
-        check_dropout(self.module_dropout, "module_dropout")
+        check_dropout(self)
         check_choice("init", self.initialization, get_args(Init))
-
-    @property
-    def scale(self) -> float:
-        """s = alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def starts_as_base(self) -> bool:
-        return self.initialization != "random"
-
-    def at(self, site: Site) -> Self:
-        return super().at(site).but(layout=layout_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
@@ -173,7 +89,7 @@ class LoHa(OnMatrices):
         for i in (1, 2):
             for part, shape in shapes.items():
                 fan_in = prod(shape[1:]) if part == "t" else shape[-1]
-                tensor = uniform(*shape, fan_in=fan_in, like=parameter, dtype=self.dtype, generator=generator)
+                tensor = uniform(self.empty(parameter, *shape), fan_in, generator)
                 if self.initialization == "normal":
                     tensor.normal_(std=1.0 if part == "b" else 0.1, generator=generator)
                 made[f"hada_t{i}" if part == "t" else f"hada_w{i}_{part}"] = tensor
@@ -186,7 +102,7 @@ class LoHa(OnMatrices):
         if "t1" in tensors:
             tensors |= {"w1_a": tensors["w1_a"].mT, "w2_a": tensors["w2_a"].mT}
         dropout = OutputDropout(self.rank_dropout, rescale=True, whole=self.module_dropout)
-        return Hadamard(base, tensors, tensors, self.scale, self.layout == "transposed", dropout)
+        return Hadamard(base, tensors, self.scale, self.layout == "transposed", dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         hada = {name: t for name, t in tensors.items() if name.startswith("hada_")}
@@ -196,8 +112,3 @@ class LoHa(OnMatrices):
 
     def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         return {"hada_w1_a": self.scale}
-
-
-def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """`A·B`, or, around a Tucker core, A on its first side and B on its second: `(out, in, k...)`."""
-    return a @ b if core is None else torch.einsum("ij...,jc,oi->oc...", core, b, a)

@@ -2,109 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, field
 from math import isqrt, prod
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import AdaptError
 from ..select import Site
-from ..weights import OnBase, Weight
-from ..weights.value import add_scaled, autocasts, dense_linear
-from .lora import Layout, OnMatrices, OutputDropout, check_dropout, layout_of, matrix_of, rank_axes, uniform
-from .method import FrozenMap, check_choice, check_whole, option, settings, settled
+from ..weights import Kronecker, OutputDropout, Weight
+from .factored import LowRankMethod, uniform
+from .layout import Layout, matrix_of, rank_axes
+from .method import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 Init = Literal["kaiming", "lycoris", "random"]
-NO_DROPOUT = OutputDropout()
-
-
-class Kronecker(OnBase):
-    """`W + s·reshape(C ⊗ D)`, or its transpose.
-
-    Args:
-        base: W.
-        tensors: C as lokr_w1 or its factors, D as lokr_w2, its factors, or a Tucker core between them.
-        scale: s.
-        transposed: whether W holds the transpose of the product.
-        dropout: of the product's rows.
-    """
-
-    def __init__(
-        self,
-        base: Weight,
-        tensors: Mapping[str, Tensor],
-        scale: float,
-        transposed: bool,
-        dropout: OutputDropout = NO_DROPOUT,
-    ) -> None:
-        self.base = base
-        self.dropout = dropout
-        self.w1, self.w1_a, self.w1_b = (tensors.get(f"lokr_w1{part}") for part in ("", "_a", "_b"))
-        self.w2, self.w2_a, self.w2_b = (tensors.get(f"lokr_w2{part}") for part in ("", "_a", "_b"))
-        self.t2 = tensors.get("lokr_t2")
-        self.scale = scale
-        self.transposed = transposed
-
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        """s·C `(..., a, c)` and D `(..., b, d)`, a kernel's as `(b, d·k...)`; transposed where their product is."""
-        c = _product(self.w1, self.w1_a, self.w1_b, None) * self.scale
-        d = _product(self.w2, self.w2_a, self.w2_b, self.t2)
-        d = d if d.ndim == c.ndim else d.flatten(1)
-        return (c.mT, d.mT) if self.transposed else (c, d)
-
-    def dense(self) -> Tensor:
-        left, right = self._pair()
-        change = (left[..., :, None, :, None] * right[..., None, :, None, :]).reshape(self.base.shape)
-        if self.dropout:
-            output = -1 if self.transposed else left.ndim - 2
-            rows = self.dropout.factor(change, *left.shape[:-2], self.base.shape[output])
-            rows = rows.unsqueeze(-2) if self.transposed else rows.reshape(*rows.shape, *[1] * (change.ndim - rows.ndim))
-            change = change * rows
-        return add_scaled(self.base.dense(), change, 1.0)
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        left, right = self._pair()
-        (a, c), (b, d) = left.shape[-2:], right.shape[-2:]
-        tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
-        # Through the factors: tokens·b·c·(a + d) products. Through the matrix: to form it, and its gradient in backward.
-        through = tokens * b * c * (a + d) < (2 + tokens / 2) * a * b * c * d
-        if not through or self.dropout or self.base.shape != torch.Size([a * b, c * d]):
-            return super().linear(x, bias)
-        thin = x if autocasts(x) else x.to(left.dtype)
-        inner = dense_linear(thin.unflatten(-1, (c, d)), right, None)
-        change = dense_linear(inner.mT, left, None).mT.flatten(-2)
-        return add_scaled(self.base.linear(x, bias), change, 1.0)
-
-    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
-        left, right = self._pair()
-        b = right.shape[-2]
-        if self.dropout or self.ndim != 2 or self.shape != torch.Size([left.shape[-2] * b, left.shape[-1] * right.shape[-1]]):
-            return super().choose(pick, padding)
-        row = pick(torch.arange(self.shape[0], device=left.device).unsqueeze(-1)).squeeze(-1)
-        change = (left[row // b].unsqueeze(-1) * right[row % b].unsqueeze(-2)).flatten(-2)
-        if padding is not None:
-            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
-        return add_scaled(self.base.choose(pick, padding), change, 1.0)
-
-    @property
-    def mT(self) -> Weight:  # noqa: N802
-        if self._pair()[0].ndim != self.base.ndim:  # a kernel
-            return super().mT
-        tensors = {f"lokr_{name}": t for name, t in self.__dict__.items() if isinstance(t, Tensor)}
-        return Kronecker(self.base.mT, tensors, self.scale, not self.transposed, self.dropout)
-
-    def eval(self) -> Weight:
-        made = copy.copy(self)
-        made.base, made.dropout = self.base.eval(), NO_DROPOUT
-        return made
 
 
 @settings
-class LoKr(OnMatrices):
+class LoKr(LowRankMethod):
     """`W' = W + s·(C ⊗ D)` with `s = alpha / rank`: a change made of copies of one small matrix, each scaled.
 
     `out = a·b` and `in = c·d` are split; C is `(a, c)`, D is `(b, d)` and of rank r where that saves something. The rank
@@ -169,23 +86,10 @@ class LoKr(OnMatrices):
 
     def __post_init__(self) -> None:
         check_whole(self, "rank")
-        check_dropout(self.rank_dropout, "rank_dropout")
-        check_dropout(self.module_dropout, "module_dropout")
+        check_dropout(self)
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
         check_choice("init", self.initialization, get_args(Init))
-
-    @property
-    def scale(self) -> float:
-        """s = alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def starts_as_base(self) -> bool:
-        return self.initialization != "random"
-
-    def at(self, site: Site) -> Self:
-        return super().at(site).but(layout=layout_of(site))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
@@ -204,8 +108,7 @@ class LoKr(OnMatrices):
         made = {}
         zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.initialization]
         for name, shape in shapes.items():
-            fan_in = prod(shape[1:])
-            tensor = uniform(*lead, *shape, fan_in=fan_in, like=parameter, dtype=self.dtype, generator=generator)
+            tensor = uniform(self.empty(parameter, *lead, *shape), prod(shape[1:]), generator)
             made[name] = tensor.zero_() if name in zero else tensor
         return made
 
@@ -220,15 +123,6 @@ class LoKr(OnMatrices):
 
     def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         return {"lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a": self.scale}
-
-
-def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
-    """A factor as it is, as a product of two, or as a Tucker core between two."""
-    if whole is not None:
-        return whole
-    assert a is not None
-    assert b is not None
-    return a @ b if core is None else torch.einsum("ij...,jd,ib->bd...", core, b, a)
 
 
 def split(size: int, factor: int = -1) -> tuple[int, int]:

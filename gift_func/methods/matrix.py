@@ -1,36 +1,49 @@
-"""How methods that are defined for a matrix see a parameter: as it is, transposed, or a kernel flattened."""
+"""Methods that are defined for a matrix: their usual sites, and how they see a parameter as one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from ..select import Site
 from ..weights import Reshaped, Weight
-from .lora import HF_CONV1D, LoRA
-from .method import Method, is_a
+from .method import Method, is_a, is_computed
 
 View = Literal["matrix", "transposed", "kernel"]
-USUAL = LoRA()
+
+HF_CONV1D = "transformers.pytorch_utils.Conv1D"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+TWO_FACTORS = "a parameter of at least 2 dimensions, to be written as a product of two factors"
 
 
 class MatrixMethod(Method):
-    """A method that is defined for a matrix; its usual sites are those of `LoRA`."""
+    """A method for whatever can be seen as a matrix.
+
+    Its usual sites are the weights of Linear, Conv1d, Conv2d, Conv3d, transformers' Conv1D and nn.MultiheadAttention.
+
+    Attributes:
+        needs: what a parameter must be to be seen as a matrix, as errors say it.
+    """
+
+    needs: ClassVar[str] = "a parameter of at least 2 dimensions, which has an input and an output"
 
     def takes(self, site: Site) -> bool:
-        return USUAL.takes(site)
+        if isinstance(site.module, nn.MultiheadAttention):
+            return site.param_name in PACKED
+        layer = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) or is_a(site.module, HF_CONV1D)
+        return layer and site.param_name == "weight"
 
     def overlooks(self, module: nn.Module) -> str | None:
-        return USUAL.overlooks(module)
+        layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        return "weight" if layer and is_computed(module, "weight") else None
 
     def refuses(self, site: Site) -> str | None:
-        if site.parameter.ndim < 2:
-            return "a parameter of at least 2 dimensions, which has an input and an output"
-        return super().refuses(site)
+        return self.needs if site.parameter.ndim < 2 else super().refuses(site)
 
 
 def is_lookup(site: Site) -> bool:
@@ -38,12 +51,17 @@ def is_lookup(site: Site) -> bool:
     return isinstance(site.module, (nn.Embedding, nn.EmbeddingBag))
 
 
+def is_kernel(site: Site) -> bool:
+    """Whether the parameter is a convolution's kernel."""
+    return isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight"
+
+
 def view_of(site: Site) -> View:
     """How a site's parameter is seen as a matrix `(..., out, in)`; leading dimensions are stacks of matrices.
 
     transformers' Conv1D and embeddings hold `(in, out)`; a kernel has a row for each output channel.
     """
-    if isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight":
+    if is_kernel(site):
         return "kernel"
     return "transposed" if is_lookup(site) or is_a(site.module, HF_CONV1D) else "matrix"
 

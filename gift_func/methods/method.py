@@ -141,7 +141,7 @@ class Method(ABC):
         Raises:
             AdaptError: for an unknown method or an unknown field.
         """
-        known = {kind.__name__: kind for kind in _subclasses()}
+        known = {kind.__name__: kind for kind in _subclasses() if not inspect.isabstract(kind)}
         name = data.get("method")
         if name not in known:
             raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
@@ -247,6 +247,14 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Refuse an option that is none of these."""
     if value not in choices:
         raise AdaptError(f"{name} is one of {', '.join(map(str, choices))}, got {name}={value!r}")
+
+
+def check_dropout(method: Method) -> None:
+    """Refuse a dropout, in whichever of the fields that end in `dropout`, that is no probability."""
+    for name in (item.name for item in fields(cast(Any, method)) if item.name.endswith("dropout")):
+        value = getattr(method, name)
+        if not 0.0 <= value < 1.0:
+            raise AdaptError(f"{name} is a probability in [0, 1), got {name}={value!r}")
 
 
 def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:

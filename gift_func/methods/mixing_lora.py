@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..select import Site
 from ..weights import Mixing, Weight
-from .lora import CONVOLUTIONS, LoRA
+from .factored import uniform
+from .lora import LoRA
+from .matrix import CONVOLUTIONS
 from .method import settings
 
 
@@ -50,11 +52,9 @@ class MixingLoRA(LoRA):
         parameter, module = site.parameter, site.module
         assert isinstance(module, nn.modules.conv._ConvNd)
         out, within, *kernel = parameter.shape
-        dtype = self.dtype or parameter.dtype
-        a = torch.empty(self.rank, within * module.groups, *kernel, dtype=dtype, device=parameter.device)
-        a.uniform_(-1, 1, generator=generator).div_(max(prod(a.shape[1:]), 1) ** 0.5)
-        b = torch.zeros(out, self.rank // module.groups, *[1] * len(kernel), dtype=dtype, device=parameter.device)
-        return {"lora_B": b, "lora_A": a}
+        a = self.empty(parameter, self.rank, within * module.groups, *kernel)
+        b = self.empty(parameter, out, self.rank // module.groups, *[1] * len(kernel))
+        return {"lora_B": b.zero_(), "lora_A": uniform(a, prod(a.shape[1:]), generator)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         return Mixing(base, tensors["lora_B"], tensors["lora_A"], self.scale, self.dropout)

@@ -10,17 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import Scattered, Weight
-from .lora import LoRA
-from .method import Method
-
-USUAL = LoRA()
+from .matrix import MatrixMethod
+from .method import check_whole
 
 
 @dataclass(frozen=True)
-class SHiRA(Method):
+class SHiRA(MatrixMethod):
     """`W' = W + s·scatter(v)`: values v added at a fixed random choice of W's entries.
 
     As many numbers as LoRA of the same rank trains, but the change is sparse and of high rank: it overwrites 1-2 % of a
@@ -49,24 +46,18 @@ class SHiRA(Method):
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
+    needs = "a parameter of at least 2 dimensions"
 
     rank: int = 32
     scale: float = 1.0
     random_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise AdaptError(f"SHiRA needs a whole rank of at least 1, got rank={self.rank!r}")
-
-    def takes(self, site: Site) -> bool:
-        return USUAL.takes(site)
-
-    def overlooks(self, module: torch.nn.Module) -> str | None:
-        return USUAL.overlooks(module)
+        check_whole(self, "rank")
 
     def refuses(self, site: Site) -> str | None:
         if site.parameter.ndim < 2:
-            return "a parameter of at least 2 dimensions"
+            return self.needs
         rows, columns = _matrix(site.parameter.shape)
         if self.rank * (rows + columns) > rows * columns:
             return f"at least rank·(rows + columns) = {self.rank * (rows + columns)} entries"

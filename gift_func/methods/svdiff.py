@@ -10,17 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import AdaptError
 from ..select import Site
 from ..weights import Spectral, Weight
-from .lora import LoRA, balanced
-from .method import Method
-
-USUAL = LoRA()
+from .layout import balanced
+from .matrix import TWO_FACTORS, MatrixMethod
+from .method import check_choice
 
 
 @dataclass(frozen=True)
-class SVDiff(Method):
+class SVDiff(MatrixMethod):
     """`W' = U·diag(relu(σ + δ))·Vᵀ` with `W = U·diag(σ)·Vᵀ`: only the shift δ of the spectrum is trained.
 
     The singular vectors stay, so the change is compact and hard to overfit. δ starts at zero. The decomposition is
@@ -42,20 +40,12 @@ class SVDiff(Method):
         Han et al., SVDiff, 2023 (arXiv:2303.11305).
     """
 
+    needs = TWO_FACTORS
+
     conv: Literal["balanced", "rows"] = "balanced"
 
     def __post_init__(self) -> None:
-        if self.conv not in ("balanced", "rows"):
-            raise AdaptError(f"conv is one of balanced, rows, got conv={self.conv!r}")
-
-    def takes(self, site: Site) -> bool:
-        return USUAL.takes(site)
-
-    def overlooks(self, module: torch.nn.Module) -> str | None:
-        return USUAL.overlooks(module)
-
-    def refuses(self, site: Site) -> str | None:
-        return USUAL.refuses(site)
+        check_choice("conv", self.conv, ("balanced", "rows"))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         rank = min(self._matrix(site.parameter.shape))

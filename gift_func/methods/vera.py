@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from ..select import Site
 from ..weights import Triple, Weight
-from .lora import Layout, OnMatrices, check_dropout, layout_of, matrix_of, refuses_dropout
-from .method import check_whole
+from .factored import FactoredMethod
+from .layout import Layout, layout_of, matrix_of
+from .method import check_dropout, check_whole
 
 
 @dataclass(frozen=True)
-class VeRA(OnMatrices):
+class VeRA(FactoredMethod):
     """`W' = W + diag(b)·B·diag(d)·A`: A and B are random, frozen and the same everywhere, b and d are trained.
 
     The random projections span enough to learn in, so a site costs `out + r` numbers. b starts at zero.
@@ -58,17 +58,11 @@ class VeRA(OnMatrices):
 
     def __post_init__(self) -> None:
         check_whole(self, "rank")
-        check_dropout(self.dropout)
-
-    def refuses(self, site: Site) -> str | None:
-        return super().refuses(site) or refuses_dropout(self.dropout, site)
-
-    def at(self, site: Site) -> Self:
-        return self.but(layout=layout_of(site))
+        check_dropout(self)
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         lead, rows, _ = matrix_of(site.parameter.shape, self.layout)
-        b = torch.zeros(*lead, rows, dtype=self.dtype or site.parameter.dtype, device=site.parameter.device)
+        b = self.empty(site.parameter, *lead, rows).zero_()
         return {"vera_lambda_b": b, "vera_lambda_d": b.new_full((*lead, self.rank), self.d_initial)}
 
     def common(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -3,9 +3,13 @@
 from . import rules as rules
 from .circulant import Circulant as Circulant
 from .fourier import Fourier as Fourier
+from .hadamard import Hadamard as Hadamard
+from .kronecker import Kronecker as Kronecker
 from .low_rank import LowRank as LowRank
 from .magnitude import Magnitude as Magnitude
 from .mixing import Mixing as Mixing
+from .modulated import Modulated as Modulated
+from .output_dropout import OutputDropout as OutputDropout
 from .reshaped import Reshaped as Reshaped
 from .residual import Residual as Residual
 from .rotated import Blocks as Blocks

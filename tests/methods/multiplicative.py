@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import shaken as shaken
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers.pytorch_utils import Conv1D
@@ -46,16 +47,6 @@ IDS = torch.tensor([[0, 3, 5, 5], [19, 7, 2, 3]])
 def zoo(dtype: torch.dtype = torch.float64) -> Zoo:
     torch.manual_seed(0)
     return Zoo().to(dtype)
-
-
-def shaken(adapted: gf.AdaptedModel, seed: int = 1, by: float = 0.3) -> gf.AdaptedModel:
-    """The adapted model with noise on every tensor that is trained."""
-    generator = torch.Generator().manual_seed(seed)
-    state = dict(adapted.adapter_state_dict())
-    for name, p in adapted.named_trainable_parameters():
-        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        state[name] = p.detach() + by * noise
-    return adapted.with_adapter(state)
 
 
 def own(adapter: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:

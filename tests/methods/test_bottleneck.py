@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import shaken
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,12 +46,6 @@ def network(checkpointed: bool = False) -> tuple[Network, Tensor]:
     return Network(checkpointed).double(), torch.randn(4, 5, 6, dtype=torch.float64)
 
 
-def randomised(adapted: gf.AdaptedModel, seed: int = 0) -> gf.AdaptedModel:
-    generator = torch.Generator().manual_seed(seed)
-    state = {n: torch.randn(t.shape, dtype=t.dtype, generator=generator) * 0.3 for n, t in adapted.adapter.items()}
-    return adapted.with_adapter(state)
-
-
 BLOCKS = {"blocks.?": gf.Bottleneck(dim=4, scale=0.5)}
 
 
@@ -59,7 +54,7 @@ BLOCKS = {"blocks.?": gf.Bottleneck(dim=4, scale=0.5)}
 def test_the_formula_by_hand(parallel: bool, nonlinearity: str) -> None:
     model, x = network()
     method = gf.Bottleneck(dim=4, scale=0.5, parallel=parallel, nonlinearity=nonlinearity)  # type: ignore[arg-type]
-    adapted = randomised(gf.adapt(model, {"blocks.?": method}))
+    adapted = shaken(gf.adapt(model, {"blocks.?": method}))
     p = dict(adapted.adapter.items())
     f = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}[nonlinearity]
     h = x
@@ -86,7 +81,7 @@ def test_it_starts_as_the_base_and_trains_only_itself() -> None:
 
 def test_together_with_a_change_of_weights_inside() -> None:
     model, x = network()
-    adapted = randomised(gf.adapt(model, {**BLOCKS, "*.mlp.0": gf.LoRA(rank=2), "head": gf.LoRA(rank=1)}))
+    adapted = shaken(gf.adapt(model, {**BLOCKS, "*.mlp.0": gf.LoRA(rank=2), "head": gf.LoRA(rank=1)}))
     assert {"blocks.0.mlp.0.lora_A", "blocks.0.bottleneck.up.bias", "head.lora_B"} <= set(adapted.adapter)
     without = gf.adapt(model, {"*.mlp.0": gf.LoRA(rank=2), "head": gf.LoRA(rank=1)})
     zero = {n: t * 0 if "bottleneck" in n else t for n, t in adapted.adapter_state_dict().items()}
@@ -97,7 +92,7 @@ def test_together_with_a_change_of_weights_inside() -> None:
 def test_copies_files_and_transforms(tmp_path: Path) -> None:
     model, x = network()
     start = gf.adapt(model, BLOCKS)
-    adapted, other = randomised(start, 1), randomised(start, 2)
+    adapted, other = shaken(start, 1), shaken(start, 2)
     wanted = adapted(x)
     assert torch.equal(copy.deepcopy(adapted)(x), wanted)
     assert torch.equal(pickle.loads(pickle.dumps(adapted))(x), wanted)
@@ -116,7 +111,7 @@ def test_copies_files_and_transforms(tmp_path: Path) -> None:
 
 def test_gradients_under_checkpoints() -> None:
     (plain, x), (checkpointed, _) = network(), network(True)
-    adapted = randomised(gf.adapt(plain, BLOCKS))
+    adapted = shaken(gf.adapt(plain, BLOCKS))
     other = gf.adapt(checkpointed, BLOCKS).with_adapter(adapted.adapter_state_dict())
     for model in (adapted, other):
         gf.functional_call(model, dict(model.adapter.items()), (x,)).square().sum().backward()

@@ -2,65 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import peft
 import pytest
 import torch
-from common import State, assert_formula, assert_near, peft_of, shaken
+from common import (
+    IDS,
+    Products,
+    State,
+    assert_formula,
+    assert_near,
+    assert_starts,
+    layers,
+    net,
+    peft_of,
+    shaken,
+    stored,
+    weight_of,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import gift_func as gf
 
-
-class Net(nn.Module):
-    """Layers that PEFT's LoHa takes, and two more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.lin = nn.Linear(4, 6)
-        self.gpt = Conv1D(6, 6)  # type: ignore[no-untyped-call]
-        self.conv1 = nn.Conv1d(6, 4, 3, padding=2, dilation=2)
-        self.point = nn.Conv1d(4, 4, 1)
-        self.conv2 = nn.Conv2d(2, 4, 3, stride=2, groups=2)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.gpt(torch.tanh(self.lin(self.embed(ids)))))
-        x = torch.tanh(self.point(torch.tanh(self.conv1(x.mT)))).unflatten(1, (2, 2))
-        return self.conv2(nn.functional.pad(x, (0, 0, 1, 1))).flatten(1)  # type: ignore[no-any-return]
-
-
-IDS = (torch.arange(10).reshape(2, 5) * 7) % 11
-NAMES = ("embed", "lin", "gpt", "conv1", "point", "conv2")
 THEIRS = ("lin", "conv1", "point", "conv2")
 
 
-def net(dtype: torch.dtype) -> Net:
-    torch.manual_seed(0)
-    return Net().to(dtype)
-
-
-def by_hand(model: Net, state: State, s: float) -> dict[str, Tensor]:
+def by_hand(model: nn.Module, state: State, s: float) -> dict[str, Tensor]:
     found = {}
-    for name in NAMES:
-        w = model.get_parameter(f"{name}.weight").detach()
+    for name in layers(model):
         a1, b1, a2, b2 = (state[f"{name}.hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
         if f"{name}.hada_t1" in state:
             t1, t2 = (state[f"{name}.hada_t{i}"].flatten(2) for i in (1, 2))
             change = torch.einsum("ijk,io,jc->ock", t1, a1, b1) * torch.einsum("ijk,io,jc->ock", t2, a2, b2)
         else:
             change = (a1 @ b1) * (a2 @ b2)
-        found[f"{name}.weight"] = w + s * (change.T if name == "gpt" else change.reshape(w.shape))
-    return found
+        found[name] = weight_of(model, name) + s * change.flatten(1)
+    return stored(model, found)
 
 
 @pytest.mark.parametrize("tucker", [False, True])
 def test_formula(tucker: bool) -> None:
-    model = net(torch.float64)
+    model = net(torch.float64, Products)
     method = gf.LoHa(rank=2, alpha=3.0, use_effective_conv2d=tucker)
-    adapted = shaken(gf.adapt(model, {f"{name}.weight": method for name in NAMES}))
+    adapted = shaken(gf.adapt(model, {"*.weight": method}))
     assert sum("hada_t" in name for name in adapted.adapter) == 4 * tucker
     assert_formula(adapted, model, lambda state: by_hand(model, state, 1.5), IDS)
 
@@ -80,7 +64,7 @@ def test_few_tokens_go_another_way(tokens: int) -> None:
 
 @pytest.mark.parametrize("tucker", [False, True])
 def test_peft(tucker: bool) -> None:
-    model = net(torch.float32)
+    model = net(torch.float32, Products)
     config = peft.LoHaConfig(r=2, alpha=3, use_effective_conv2d=tucker, target_modules=list(THEIRS))
     theirs, tensors = peft_of(model, config)
     method = gf.LoHa(rank=2, alpha=3.0, use_effective_conv2d=tucker)
@@ -100,27 +84,28 @@ def test_lycoris(tucker: bool) -> None:
     assert_near(adapted.merge().get_parameter("weight").detach(), model.weight + change.reshape(model.weight.shape), 1e-10)
 
 
-@pytest.mark.parametrize("init", ["kaiming", "normal"])
-def test_starts_as_the_base(init: Any) -> None:
-    model = net(torch.float32)
-    assert torch.equal(gf.adapt(model, gf.LoHa(rank=2, init=init))(IDS), model(IDS))
-    assert not torch.equal(gf.adapt(model, gf.LoHa(rank=2, init="random"))(IDS), model(IDS))
+def test_starts_as_the_base() -> None:
+    inits = [gf.LoHa(rank=2), gf.LoHa(rank=2, init="normal")]
+    assert_starts(net(torch.float32, Products), inits, [gf.LoHa(rank=2, init="random")])
+    for method, factor in zip(inits, ("hada_w2_b", "hada_w1_a"), strict=True):
+        assert [name for name, tensor in gf.adapt(nn.Linear(4, 3), method).adapter.items() if not tensor.any()] == [factor]
+
+
+def test_a_square_weight_of_transformers_conv1d_used_as_a_linear_layers() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = Conv1D(16, 16)  # type: ignore[no-untyped-call]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.gpt.weight)
+
+    adapted = shaken(gf.adapt(Turned().double(), {"gpt.weight": gf.LoHa(rank=1)}))
+    x = torch.randn(2, 16, dtype=torch.float64)
+    assert_near(adapted(x), adapted.merge()(x), 1e-10)
 
 
 def test_patterns_set_rank_and_alpha() -> None:
-    adapted = gf.adapt(net(torch.float32), gf.LoHa(rank=2, rank_pattern={"lin": 3}, alpha_pattern={"lin": 6.0}))
-    assert adapted.adapter["lin.hada_w1_a"].shape == (6, 3)
-    assert adapted.adapter["gpt.hada_w1_a"].shape == (6, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"rank": 0}, "LoHa needs a whole rank"),
-        ({"rank_pattern": {"a": 0}}, "rank_pattern 'a'"),
-        ({"init": "x"}, "init is one of"),
-    ],
-)
-def test_refusals(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(gf.AdaptError, match=said):
-        gf.LoHa(**options)
+    adapted = gf.adapt(net(torch.float32, Products), gf.LoHa(rank=2, rank_pattern={"lin": 3}, alpha_pattern={"lin": 6.0}))
+    assert adapted.adapter["lin.hada_w1_a"].shape == (36, 3)
+    assert adapted.adapter["gpt.hada_w1_a"].shape == (16, 2)

@@ -7,47 +7,21 @@ from typing import Any
 import peft
 import pytest
 import torch
-from common import State, assert_formula, assert_near, shaken
+from common import IDS, State, assert_formula, assert_near, layers, net, shaken, stored, weight_of
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import gift_func as gf
 
 INITS = ("pissa", "pissa_niter_16", "olora")
-NAMES = ("embed", "lin", "gpt", "conv")
+NAMES = ("embed", "lin", "gpt", "conv1", "conv2", "conv3")
 
 
-class Net(nn.Module):
-    """An embedding, a linear layer, a transposed one, a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.lin = nn.Linear(4, 6)
-        self.gpt = Conv1D(5, 6)  # type: ignore[no-untyped-call]
-        self.conv = nn.Conv1d(5, 4, 3, padding=1)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.gpt(torch.tanh(self.lin(self.embed(ids)))))
-        return self.conv(x.mT).flatten(1)  # type: ignore[no-any-return]
-
-
-IDS = (torch.arange(10).reshape(2, 5) * 7) % 11
-
-
-def net(dtype: torch.dtype) -> Net:
-    torch.manual_seed(0)
-    return Net().to(dtype)
-
-
-def by_hand(model: Net, state: State, s: float) -> dict[str, Tensor]:
+def by_hand(model: nn.Module, state: State, s: float) -> dict[str, Tensor]:
     found = {}
-    for name in NAMES:
-        w = model.get_parameter(f"{name}.weight").detach()
-        now, start = (state[f"{name}.lora_B{zero}"].flatten(1) @ state[f"{name}.lora_A{zero}"].flatten(1) for zero in ("", "0"))
-        change = now - start
-        found[f"{name}.weight"] = w + s * (change.T if name == "gpt" else change.reshape(w.shape))
-    return found
+    for name in layers(model):
+        b, a, b0, a0 = (state[f"{name}.lora_{part}"].flatten(1) for part in ("B", "A", "B0", "A0"))
+        found[name] = weight_of(model, name) + s * (b @ a - b0 @ a0)
+    return stored(model, found)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -61,8 +35,7 @@ def test_formula(init: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_are_the_papers(name: str) -> None:
-    w = net(torch.float64).get_parameter(f"{name}.weight").detach()
-    matrix = w.T if name == "gpt" else w.flatten(1)
+    matrix = weight_of(net(torch.float64), name)
 
     def part(init: str) -> tuple[Tensor, Tensor]:
         adapted = gf.adapt(net(torch.float64), {f"{name}.weight": gf.LoRA(rank=2, alpha=3.0, init=init)})

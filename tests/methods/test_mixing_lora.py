@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from common import shaken
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import gift_func as gf
@@ -31,17 +32,12 @@ def adapted_of(kind: Callable[..., Any], options: dict[str, Any], **more: Any) -
     return conv, adapted
 
 
-def random_state(adapted: gf.AdaptedModel, seed: int = 1) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in adapted.adapter.items()}
-
-
 @EVERY
 def test_formula_by_hand(kind: Any, options: dict[str, Any], shape: tuple[int, ...]) -> None:
     conv, adapted = adapted_of(kind, options)
     x = torch.randn(*shape, dtype=torch.float64)
     assert torch.equal(adapted(x), conv(x))
-    state = {name: t.requires_grad_() for name, t in random_state(adapted).items()}
+    state = {name: t.requires_grad_() for name, t in shaken(adapted, by=1.0).adapter_state_dict().items()}
     made = adapted.with_adapter(state)
     thin = kind(4, 4, 3, **{**options, "groups": 1, "bias": False}).double()
     wide = kind(4, 8, 1, groups=options["groups"], bias=False).double()
@@ -58,7 +54,7 @@ def test_formula_by_hand(kind: Any, options: dict[str, Any], shape: tuple[int, .
 def test_vmap_compile_and_files(kind: Any, options: dict[str, Any], shape: tuple[int, ...], tmp_path: Path) -> None:
     conv, adapted = adapted_of(kind, options)
     x = torch.randn(*shape, dtype=torch.float64)
-    states = [random_state(adapted, seed) for seed in (1, 2)]
+    states = [shaken(adapted, seed, 1.0).adapter_state_dict() for seed in (1, 2)]
     wanted = torch.stack([adapted.with_adapter(state)(x) for state in states])
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     assert torch.allclose(torch.vmap(lambda state: gf.functional_call(adapted, state, (x,)))(stacked), wanted)
@@ -73,7 +69,7 @@ def test_vmap_compile_and_files(kind: Any, options: dict[str, Any], shape: tuple
 
 def test_dropout_acts_in_training_only() -> None:
     _, adapted = adapted_of(nn.Conv1d, {"groups": 2}, dropout=0.5)
-    made, x = adapted.with_adapter(random_state(adapted)), torch.ones(2, 4, 9, dtype=torch.float64)
+    made, x = shaken(adapted), torch.ones(2, 4, 9, dtype=torch.float64)
     assert not torch.equal(made.train()(x), made(x))
     assert torch.equal(made.eval()(x), made(x))
 

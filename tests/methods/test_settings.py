@@ -63,6 +63,25 @@ def test_names_are_those_of_the_documentation(kind: type[Any], options: dict[str
         kind(4, 4)
 
 
+LOW_RANK = (gf.LoRA, gf.DoRA, gf.MixingLoRA, gf.AdaLoRA, gf.HiRA, gf.VeRA, gf.LoHa, gf.LoKr)
+REFUSED: list[tuple[type[gf.Method], dict[str, Any], str]] = [
+    *((kind, {"rank": 0}, f"{kind.__name__} needs a whole rank of at least 1, got rank=0") for kind in LOW_RANK),
+    *((kind, {"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got dropout=1.0") for kind in LOW_RANK[:6]),
+    *((kind, {"rank_pattern": {"a": 0}}, r"got rank=0 \(rank_pattern 'a'\)") for kind in LOW_RANK if kind is not gf.VeRA),
+    *((kind, {"init": "x"}, "init is one of .*, got init='x'") for kind in LOW_RANK if kind is not gf.VeRA),
+    (gf.LoRA, {"init": "pissa_niter_<iterations>"}, "init is one of .*, got init='pissa_niter_<iterations>'"),
+    (gf.LoRA, {"init": "orthogonal", "rank": 3}, "splits the rank in two halves and needs an even one, got rank=3"),
+    (gf.LoRA, {"conv": "x"}, "conv is one of kernel, balanced, got conv='x'"),
+    (gf.LoKr, {"decompose_factor": 0}, "decompose_factor is -1 or at least 1, got decompose_factor=0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "said"), REFUSED)
+def test_what_is_no_value_of_an_option_is_refused(kind: type[Any], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(gf.AdaptError, match=said):
+        kind(**options)
+
+
 @settings
 class Own(gf.Full):
     """A method of a user's own."""

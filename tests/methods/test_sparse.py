@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import shaken
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -41,16 +42,6 @@ TOKENS = [7, 3, 19, 11]
 def text(tie: bool = False, dtype: torch.dtype = torch.float64) -> Text:
     torch.manual_seed(0)
     return Text(tie).to(dtype)
-
-
-def shaken(adapted: gf.AdaptedModel, seed: int = 1) -> gf.AdaptedModel:
-    """The adapted model with noise on every trained tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        name: t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t
-        for name, t in adapted.adapter_state_dict().items()
-    }
-    return adapted.with_adapter(state)
 
 
 def by_hand(model: nn.Module, dense: dict[str, Tensor], *args: Any) -> Any:

@@ -4,53 +4,38 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-from common import State, assert_formula, assert_near, peft_of, shaken
+from common import (
+    IDS,
+    EveryKind,
+    State,
+    assert_drops_inputs,
+    assert_formula,
+    assert_near,
+    attention,
+    layers,
+    net,
+    peft_of,
+    shaken,
+    stored,
+    weight_of,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import gift_func as gf
 
-NAMES = ("embed", "lin", "gpt", "conv")
 
-
-class Net(nn.Module):
-    """Layers of several sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.lin = nn.Linear(4, 6)
-        self.gpt = Conv1D(5, 6)  # type: ignore[no-untyped-call]
-        self.conv = nn.Conv1d(5, 4, 3, padding=1)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.gpt(torch.tanh(self.lin(self.embed(ids)))))
-        return self.conv(x.mT).flatten(1)  # type: ignore[no-any-return]
-
-
-IDS = (torch.arange(10).reshape(2, 5) * 7) % 11
-
-
-def net(dtype: torch.dtype) -> Net:
-    torch.manual_seed(0)
-    return Net().to(dtype)
-
-
-def by_hand(model: Net, state: State) -> dict[str, Tensor]:
+def by_hand(model: nn.Module, state: State) -> dict[str, Tensor]:
     found = {}
-    for name in NAMES:
-        w = model.get_parameter(f"{name}.weight").detach()
+    for name in layers(model):
+        w = weight_of(model, name)
         b, d = (torch.diag(state[f"{name}.vera_lambda_{part}"]) for part in "bd")
-        rows, columns = (w.T if name == "gpt" else w.flatten(1)).shape
-        change = b @ state["vera_B"][:rows] @ d @ state["vera_A"][:, :columns]
-        found[f"{name}.weight"] = w + (change.T if name == "gpt" else change.reshape(w.shape))
-    return found
+        found[name] = w + b @ state["vera_B"][: w.shape[0]] @ d @ state["vera_A"][:, : w.shape[1]]
+    return stored(model, found)
 
 
 def test_formula() -> None:
@@ -65,16 +50,15 @@ def test_formula() -> None:
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 @pytest.mark.parametrize("names", [["lin"], ["lin", "other"], ["gpt"]])
 def test_peft(names: list[str]) -> None:
-    class Two(Net):
+    class Two(EveryKind):
         def __init__(self) -> None:
             super().__init__()
-            self.other = nn.Linear(20, 3)
+            self.other = nn.Linear(72, 3)
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.other(super().forward(ids))  # type: ignore[no-any-return]
 
-    torch.manual_seed(0)
-    model = Two()
+    model = net(torch.float32, Two)
     theirs, tensors = peft_of(model, peft.VeraConfig(r=5, target_modules=names, projection_prng_key=7))
     chosen = gf.select.regex(f"({'|'.join(names)}).weight")
     ours = gf.adapt(model, gf.Strategy([(chosen, gf.VeRA(rank=5, projection_prng_key=7))]))
@@ -84,25 +68,14 @@ def test_peft(names: list[str]) -> None:
 
 
 def test_dropout_acts_on_what_meets_the_change() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(6, 4).double()
-    x = torch.randn(3, 6, dtype=torch.float64)
-    adapted = shaken(gf.adapt(model, gf.VeRA(rank=3, dropout=0.5)))
-    changed = adapted.merge()
-    torch.manual_seed(5)
-    found = adapted.train()(x)
-    torch.manual_seed(5)
-    thin = nn.functional.dropout(x, 0.5)
-    assert_near(found, model(x) + changed(thin) - model(thin), 1e-10)
-    assert_near(adapted.eval()(x), changed(x), 1e-10)
+    model, x = nn.Linear(6, 4).double(), torch.randn(3, 6, dtype=torch.float64)
+    assert_drops_inputs(gf.VeRA(rank=3, dropout=0.5), model, x)
 
 
 def test_stack_of_matrices_and_slices() -> None:
-    torch.manual_seed(0)
-    model = nn.MultiheadAttention(4, 2).double()
-    query, key, value = (torch.randn(n, 2, 4, dtype=torch.float64) for n in (3, 5, 5))
+    model, inputs = attention()
     adapted = shaken(gf.adapt(model, gf.VeRA(rank=3)))
-    assert_near(adapted(query, key, value)[0], adapted.merge()(query, key, value)[0], 1e-10)
+    assert_near(adapted(*inputs)[0], adapted.merge()(*inputs)[0], 1e-10)
 
 
 def test_seed_draws_the_same_projections_and_leaves_the_global_one_alone() -> None:
@@ -115,12 +88,6 @@ def test_seed_draws_the_same_projections_and_leaves_the_global_one_alone() -> No
     assert not torch.equal(one.adapter["vera_A"], other.adapter["vera_A"])
     assert torch.equal(one(IDS), model(IDS))
     assert one.adapter["lin.vera_lambda_d"].tolist() == [pytest.approx(0.1)] * 5
-
-
-@pytest.mark.parametrize(("options", "said"), [({"rank": 0}, "VeRA needs a whole rank"), ({"dropout": 1.0}, "probability")])
-def test_refusals(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(gf.AdaptError, match=said):
-        gf.VeRA(**options)
 
 
 def test_two_rules_have_projections_of_their_own(tmp_path: Path) -> None:

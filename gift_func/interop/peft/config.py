@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import FileError, nearest
-from ...methods.lora import HF_CONV1D
+from ...methods.matrix import HF_CONV1D
 from ...methods.method import is_a
 
 Config = dict[str, Any]

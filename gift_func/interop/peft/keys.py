@@ -9,7 +9,7 @@ from functools import partial
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...methods.lora import CONVOLUTIONS, HF_CONV1D
+from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
 from ...select import Site
 

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import AdaptError, FileError
 from ...methods import Diff, Full, LoRA, Method, TrainableTokens
 from ...methods.ia3 import ScaledBias
-from ...methods.lora import HF_CONV1D
+from ...methods.matrix import HF_CONV1D
 from ...methods.method import first_match, is_a
 from ...select import Site
 from . import config as configs

@@ -13,7 +13,7 @@ from torch import nn
 from ...body import Part
 from ...errors import AdaptError, FileError
 from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
-from ...methods.lora import CONVOLUTIONS, HF_CONV1D
+from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import first_match, is_a
 from ...select import Site
 from . import config as configs

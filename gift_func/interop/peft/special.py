@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import AdaptError, FileError
 from ...initial import common_name
 from ...methods import AdaLoRA, Method, NormTuning, TrainableTokens, VeRA
-from ...methods.lora import layout_of, matrix_of
+from ...methods.layout import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
 from .config import Config

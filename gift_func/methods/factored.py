@@ -1,0 +1,71 @@
+"""What the methods share that write a change as a product of factors: LoRA, its kin, and LyCORIS's."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ..select import Site
+from .layout import Conv, Layout, layout_of
+from .matrix import TWO_FACTORS, MatrixMethod
+
+
+class FactoredMethod(MatrixMethod):
+    """A method whose change is a product of factors that fit the parameter in a `Layout`.
+
+    Attributes:
+        layout: the layout at a site, a field that `at` sets.
+        conv: the layout of kernels; `"kernel"` where it is no field.
+        dropout: probability of dropping an input feature on its way into the change; 0 where it is no field.
+        dtype: element type of the tensors, a field; None means that of the parameter.
+    """
+
+    needs = TWO_FACTORS
+    layout: Layout
+    conv: Conv = "kernel"
+    dropout: float = 0.0
+    dtype: torch.dtype | None
+
+    def refuses(self, site: Site) -> str | None:
+        missing = super().refuses(site)
+        if missing is None and self.dropout and isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)):
+            return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
+        return missing
+
+    def at(self, site: Site) -> Self:
+        return super().at(site).but(layout=layout_of(site, self.conv))
+
+    def empty(self, parameter: Tensor, *shape: int) -> Tensor:
+        """A tensor for the adapter of a parameter, not filled."""
+        return torch.empty(shape, dtype=self.dtype or parameter.dtype, device=parameter.device)
+
+
+class LowRankMethod(FactoredMethod):
+    """One with a rank, whose change starts at zero unless it is to be `init="random"`.
+
+    Attributes:
+        rank: r, a field.
+        alpha: the numerator of s; None means alpha = rank, and so does no such field.
+        initialization: a field, `init` in the constructor.
+    """
+
+    rank: int
+    alpha: float | None = None
+    initialization: str
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def starts_as_base(self) -> bool:
+        return self.initialization != "random"
+
+
+def uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
+    """The tensor, filled uniformly from ±1/sqrt(fan_in)."""
+    return tensor.uniform_(-1, 1, generator=generator).div_(sqrt(max(fan_in, 1)))

@@ -1,0 +1,134 @@
+"""The initialisations of LoRA's factors `B (..., out, r)` and `A (..., r, in)`, by the name of `init`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import AdaptError
+from .factored import LowRankMethod, uniform
+from .layout import as_kept, as_matrix, matrix_of
+
+Factors = tuple[Tensor, Tensor]
+Init = Callable[[LowRankMethod, Tensor, torch.Generator | None], Factors]
+
+RESIDUAL = ("pissa", "olora")
+"""How the names begin of those that start at a part B₀·A₀ of W itself."""
+
+
+def first_factors(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
+    """B and A as an adapter keeps them.
+
+    Args:
+        method: as it applies to the parameter's site.
+        parameter: W, as it is stored.
+        generator: for what is random.
+    """
+    b, a = initialisation(method.initialization)(method, parameter, generator)
+    return as_kept(b, a, parameter.shape, method.layout)
+
+
+def initialisation(init: str) -> Init:
+    """The initialisation of that name.
+
+    Raises:
+        AdaptError: for an unknown one.
+    """
+    iterations = re.fullmatch(r"pissa_niter_(\d+)", str(init))
+    if iterations:
+        return partial(pissa, iterations=int(iterations[1]))
+    if str(init) not in INITS:
+        raise AdaptError(f"init is one of {', '.join(INITS)}, pissa_niter_<iterations>, got init={init!r}")
+    return INITS[init]
+
+
+def kaiming(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
+    """A uniform in ±1/sqrt(fan_in), B zero."""
+    b, a = _blank(method, parameter)
+    return b.zero_(), uniform(a, a.shape[-1], generator)
+
+
+def gaussian(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
+    """A normal with deviation 1/rank, B zero."""
+    b, a = _blank(method, parameter)
+    return b.zero_(), a.normal_(std=1 / method.rank, generator=generator)
+
+
+def orthogonal(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
+    """Neither zero, their product zero: each has the rows of one half of an orthogonal matrix, so the rank is even."""
+    b, a = _blank(method, parameter)
+    rank, half = method.rank, method.rank // 2
+    wide = a.dtype if a.dtype == torch.float64 else torch.float32
+    mix = a.new_empty(rank, rank, dtype=wide).normal_(generator=generator)
+    q = torch.linalg.qr(mix).Q.to(a.dtype) / 10
+    a = q[0::2].mT @ a.new_empty(*a.shape[:-2], half, a.shape[-1]).normal_(generator=generator)
+    return b.new_empty(*b.shape[:-1], half).normal_(generator=generator) @ q[1::2], a
+
+
+def random(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
+    """Both uniform: not the identity."""
+    b, a = kaiming(method, parameter, generator)
+    return uniform(b, method.rank, generator), a
+
+
+def pissa(
+    method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None, iterations: int | None = None
+) -> Factors:
+    """The first `rank` singular directions of W, each factor with the root of σ/s.
+
+    They are from a randomised decomposition of so many iterations, or from an exact one.
+    """
+    fresh, matrix = kaiming(method, parameter, generator), _wide(method, parameter)
+    rank = min(method.rank, *matrix.shape[-2:])
+    basis = None
+    if iterations is not None:  # Halko et al., 2011: an orthonormal basis of the range, by power iterations
+        mixed = matrix.new_empty(*matrix.shape[:-2], matrix.shape[-1], rank).normal_(generator=generator)
+        basis = torch.linalg.qr(matrix @ mixed).Q
+        for _ in range(iterations):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    u, sigma, vh = torch.linalg.svd(matrix if basis is None else basis.mT @ matrix, full_matrices=False)
+    root = (sigma[..., :rank] / method.scale).sqrt()
+    u = u if basis is None else basis @ u
+    return _filled_up((u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]), fresh)
+
+
+def olora(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
+    """The first `rank` columns of Q and rows of R, W = Q·R."""
+    fresh, matrix = kaiming(method, parameter, generator), _wide(method, parameter)
+    rank = min(method.rank, *matrix.shape[-2:])
+    q, r = torch.linalg.qr(matrix)
+    return _filled_up((q[..., :rank], r[..., :rank, :]), fresh)
+
+
+INITS: dict[str, Init] = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "random": random,
+    "pissa": pissa,
+    "olora": olora,
+}
+
+
+def _blank(method: LowRankMethod, parameter: Tensor) -> Factors:
+    """B and A as matrices, not filled."""
+    lead, rows, columns = matrix_of(parameter.shape, method.layout)
+    return method.empty(parameter, *lead, rows, method.rank), method.empty(parameter, *lead, method.rank, columns)
+
+
+def _wide(method: LowRankMethod, parameter: Tensor) -> Tensor:
+    """W as a matrix, in an element type that has decompositions."""
+    matrix = as_matrix(parameter, method.layout).detach()
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _filled_up(found: Factors, fresh: Factors) -> Factors:
+    """Factors of at most as many directions as the rank, followed by as many of fresh ones as are missing."""
+    (b, a), (fresh_b, fresh_a) = found, fresh
+    rank = b.shape[-1]
+    b = torch.cat([b.to(fresh_b.dtype), fresh_b[..., rank:]], dim=-1)
+    return b, torch.cat([a.to(fresh_a.dtype), fresh_a[..., rank:, :]], dim=-2)

@@ -1,0 +1,66 @@
+"""`W ⊙ (1 + D)`: a change of low rank that modulates the weight's own elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .low_rank import LowRank
+from .value import Convolution, Index, OnBase, Weight
+
+
+class Modulated(OnBase):
+    """`W ⊙ (1 + D)`, for `W + D` of low rank."""
+
+    base: LowRank
+
+    def __init__(self, base: Weight) -> None:
+        assert isinstance(base, LowRank)
+        self.base = base
+
+    def _change(self) -> Tensor:
+        v = self.base
+        made: Tensor = (v.base.dense() * (v.left @ v.right).reshape(v.shape)).to(v.dtype)
+        return made
+
+    def dense(self) -> Tensor:
+        # Where dropout is on, the low-rank weight refuses to be formed, and says why.
+        return self.base.base.dense() + self._change() if not self.base.dropout else self.base.dense()
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        v = self.base
+        if not v.dropout:
+            return super().linear(x, bias)
+        return v.base.linear(x, bias) + F.dropout(x, v.dropout) @ self._change().mT
+
+    def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
+        v = self.base
+        if not v.dropout:
+            return super().convolve(x, conv, bias)
+        return v.base.convolve(x, conv, bias) + conv(F.dropout(x, v.dropout), self._change(), None)
+
+    def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        return pick(self.eval().dense())  # indices are no features, so there is nothing for dropout to drop
+
+    def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
+        v = self.base
+        if v.ndim != 2 or v.left.shape[0] != v.shape[0]:
+            return super().choose(pick, padding)
+        rows = v.base.choose(pick, padding)
+        change = (rows * (pick(v.left) @ v.right)).to(rows.dtype)
+        return rows + (change if padding is None else torch.where(padding.unsqueeze(-1), change.detach(), change))
+
+    @property
+    def mT(self) -> Weight:
+        turned = self.base.mT
+        return Modulated(turned) if isinstance(turned, LowRank) else super().mT
+
+    def __getitem__(self, index: Index) -> Weight:
+        part = self.base[index]
+        return Modulated(part) if isinstance(part, LowRank) else super().__getitem__(index)
+
+    def eval(self) -> Weight:
+        return Modulated(self.base.eval())
