@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 needs_mini_lm = pytest.mark.skipif(
@@ -17,9 +18,10 @@ needs_mini_lm = pytest.mark.skipif(
 )
 
 
-def run(tmp_path: Path, *only: str) -> tuple[dict[str, Any], str]:
+def run(tmp_path: Path, *only: str, device: str | None = None) -> tuple[dict[str, Any], str]:
     """What the quick run of some rows wrote, by row, and what it printed."""
     command = [sys.executable, "-m", "tests.benchmarks", "--quick"]
+    command += ["--device", device] if device else []
     command += [part for name in only for part in ("--only", name)]
     command += ["--json", str(tmp_path / "found.json"), "--png", str(tmp_path / "found.png")]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -75,3 +77,25 @@ def test_counted_work(tmp_path: Path) -> None:
     found = count("counted/shared prefix, FLOP", "FLOP")
     assert found["top 2"] < 1.06 * (4 / 6 + 8 * 2 / 6) * found["base"]
     assert count("compile/graphs for 3 adapters", "graphs")["ours"] == 1
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_device(tmp_path: Path) -> None:
+    """What an accelerator is asked, of a tiny network on the CPU."""
+    rows, _ = run(tmp_path, device="cpu")
+    assert {name.split("/")[1] for name in rows} == {
+        "LoRA step", "DoRA step", "32 adapters, training", "32 adapters, inference", "32 adapters, decode",
+    }  # fmt: skip
+    assert set(rows["tiny/32 adapters, training"]["seconds"]) == {
+        "ours, mapped", "ours, mixed", "ours, a bank", "PEFT", "floor",
+    }  # fmt: skip
+
+
+def test_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks", "--device", "cuda"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 2
+    assert "torch finds no CUDA device here" in ran.stderr

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,6 +19,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes her
 
 import torch
 
+from . import device
 from .measure import FULL, QUICK, Result, measure
 from .readme import README, rewrite
 from .report import bound, caption, found, machine, table, write_json
@@ -36,12 +38,23 @@ def main() -> None:
     parser.add_argument(
         "--png", type=Path, metavar="FILE", help="draw it; the growth over the number of adapters goes to FILE-growth.png"
     )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="rows of another table, on this device: Llamas of 135M to 8B random weights, bfloat16 and CUDA events on cuda; "
+        "with --quick a tiny one",
+    )
     parser.add_argument("--readme", action="store_true", help="put the table of a full run into README.md, between its markers")
     options = parser.parse_args()
     if options.readme and not options.full:
         parser.error("--readme takes the figures that count, those of --full")
-    scale = FULL if options.full else QUICK
-    chosen = [name for name in ROWS if scale.full or name not in FULL_ONLY]
+    if options.readme and options.device:
+        parser.error("the table in README.md is of the rows without --device")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    scale = replace(FULL if options.full else QUICK, device=options.device or "cpu")
+    table_of_rows = device.rows(options.device, scale.full) if options.device else ROWS
+    chosen = [name for name in table_of_rows if scale.full or name not in FULL_ONLY]
     for pattern in options.only or ():
         if not any(meant(name, pattern) for name in chosen):
             parser.error(f"--only {pattern!r} names no row of this run; there are {', '.join(chosen)}")
@@ -50,7 +63,7 @@ def main() -> None:
     if scale.threads is not None:
         torch.set_num_threads(scale.threads)
     warnings.filterwarnings("ignore", module=r"peft\.")
-    host, start = machine(), time.perf_counter()
+    host, start = machine(options.device), time.perf_counter()
     results: list[Result] = []
     failed: list[str] = []
     spent: dict[str, float] = {}
@@ -59,14 +72,14 @@ def main() -> None:
             print(f"\r{name:<40}\r", end="", file=sys.stderr, flush=True)
         began = time.perf_counter()
         try:
-            results.append(measure(name, ROWS[name](scale), scale))
+            results.append(measure(name, table_of_rows[name](scale), scale))
         except Exception as error:  # the other rows are still worth having
             failed.append(f"{name}: {type(error).__name__}: {error}")
             if not isinstance(error, AssertionError):
                 failed.append(traceback.format_exc(limit=-4))
         gc.collect()
         spent[name] = round(time.perf_counter() - began, 1)
-    host["load after"] = machine()["load"]
+    host["load after"] = machine(options.device)["load"]
     host["seconds"] = round(time.perf_counter() - start)
     print(table(results))
     under = caption("full" if scale.full else "quick", host)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any, NamedTuple
 
+import torch
+
 
 @dataclass(frozen=True)
 class Call:
@@ -77,6 +79,7 @@ class Scale:
         seconds: a row stops after this time, one without targets after half of it.
         sample: what is faster than this many seconds is repeated within a turn.
         threads: of torch, None for as many as it likes. On a busy machine two only wait for each other.
+        device: whose clock tells the time.
     """
 
     full: bool
@@ -85,6 +88,7 @@ class Scale:
     seconds: float
     sample: float
     threads: int | None
+    device: str = "cpu"
 
 
 QUICK = Scale(full=False, rounds=3, least=1, seconds=1.0, sample=1e-3, threads=1)
@@ -155,7 +159,8 @@ def measure(name: str, case: Case | Counts, scale: Scale) -> Result:
 def in_turns(calls: Calls, scale: Scale, seconds: float) -> dict[str, list[float]]:
     """Seconds of every turn, by contender."""
     names = list(calls)
-    repeats = {key: repeats_of(calls[key], scale.sample) for key in names}
+    clock = CLOCKS[scale.device]
+    repeats = {key: repeats_of(calls[key], scale.sample, clock) for key in names}
     samples: dict[str, list[float]] = {key: [] for key in names}
     start = time.perf_counter()
     gc.collect()
@@ -167,7 +172,7 @@ def in_turns(calls: Calls, scale: Scale, seconds: float) -> dict[str, list[float
                 break
             first = turn % len(names)
             for key in names[first:] + names[:first]:
-                samples[key].append(timed(calls[key], repeats[key]))
+                samples[key].append(timed(calls[key], repeats[key], clock))
             gc.collect()
     finally:
         gc.enable()
@@ -191,25 +196,52 @@ def result(name: str, case: Case | Counts, samples: Mapping[str, Sequence[float]
     )  # fmt: skip
 
 
-def repeats_of(call: Callable[[], object] | Call, sample: float) -> int:
+def repeats_of(call: Callable[[], object] | Call, sample: float, clock: Clock) -> int:
     """How many runs make a sample. Warms up: a first run allocates and fills caches."""
-    if timed(call, 1) > 20 * sample:
+    if timed(call, 1, clock) > 20 * sample:
         return 1
-    return max(1, round(sample / timed(call, 1)))
+    return max(1, round(sample / timed(call, 1, clock)))
 
 
-def timed(call: Callable[[], object] | Call, repeats: int) -> float:
+def timed(call: Callable[[], object] | Call, repeats: int, clock: Clock) -> float:
     """Seconds of one run, as the mean of several."""
     if isinstance(call, Call):
         total = 0.0
         for _ in range(repeats):
             made = call.prepare()
-            start = time.perf_counter()
+            stop = clock()
             kept = call.run(made)
-            total += time.perf_counter() - start
+            total += stop()
             del kept, made
         return total / repeats
-    start = time.perf_counter()
+    stop = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return stop() / repeats
+
+
+Clock = Callable[[], Callable[[], float]]
+"""Starts; what it returns stops, and gives the seconds since."""
+
+
+def processor() -> Callable[[], float]:
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start
+
+
+def events() -> Callable[[], float]:
+    """By CUDA's own events: from when the device begins what is given to it from now on, to when it has ended it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+
+    def stop() -> float:
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1000
+
+    return stop
+
+
+CLOCKS: dict[str, Clock] = {"cpu": processor, "cuda": events}

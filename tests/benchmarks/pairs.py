@@ -121,8 +121,8 @@ def family(model: nn.Module, sites: Any, size: int, rank: int = 8) -> dict[str, 
     return found
 
 
-def peft_family(model: nn.Module, adapters: Mapping[str, gf.AdaptedModel]) -> Any:
-    """A PEFT model that holds these LoRAs, the same numbers under the same names."""
+def peft_family(model: nn.Module, adapters: Mapping[str, gf.AdaptedModel], share: bool = False) -> Any:
+    """A PEFT model that holds these LoRAs, the same numbers under the same names; around a copy, or the model itself."""
     import peft
 
     made: Any = None
@@ -134,7 +134,7 @@ def peft_family(model: nn.Module, adapters: Mapping[str, gf.AdaptedModel]) -> An
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if made is None:
-                made = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
+                made = peft.get_peft_model(model if share else copy.deepcopy(model), config, adapter_name=name)
             else:
                 made.add_adapter(name, config)
         give(made, name, adapter)

@@ -22,7 +22,7 @@ LARGER = {
 }
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str | None = None) -> dict[str, Any]:
     """Where it was measured, and how busy it is."""
     names = [line.split(":", 1)[1].strip() for line in cpuinfo() if line.startswith("model name")]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers")}
@@ -32,6 +32,7 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()],
+        **({"device": torch.cuda.get_device_name()} if device == "cuda" else {}),
         **versions,
     }
 
@@ -44,7 +45,7 @@ def cpuinfo() -> list[str]:
 def caption(mode: str, host: Mapping[str, Any]) -> str:
     """How it was measured, and where."""
     return (
-        f"Medians of runs in turns; ratios with quartiles. {mode.capitalize()} run on {host['processor']}, "
+        f"Medians of runs in turns; ratios with quartiles. {mode.capitalize()} run on {host.get('device', host['processor'])}, "
         f"{counted(host['cpus'], 'core')}, {counted(host['threads'], 'thread')}, torch {host['torch']}, peft {host['peft']}, "
         f"transformers {host['transformers']}; load {host['load'][0]} before, {host['load after'][0]} after; "
         f"{host['seconds']} s."
