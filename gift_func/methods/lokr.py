@@ -92,25 +92,28 @@ class LoKr(LowRankMethod):
         check_choice("init", self.initialization, get_args(Init))
 
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        parameter, r = site.parameter, self.rank
-        lead, rows, columns = matrix_of(parameter.shape, self.layout)
-        sides = tuple(parameter.shape[2:]) if self.layout == "kernel" else ()
+        lead, _, _ = matrix_of(site.parameter.shape, self.layout)
+        zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.initialization]
+        made = {}
+        for name, shape in self.shapes(site.parameter).items():
+            tensor = uniform(self.empty(site.parameter, *lead, *shape), prod(shape[1:]), generator)
+            made[name] = tensor.zero_() if name in zero else tensor
+        return made
+
+    def shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shapes of a parameter's tensors; in a stack of matrices, of each of them."""
+        _, rows, columns = matrix_of(parameter.shape, self.layout)
+        sides, r = tuple(parameter.shape[2:]) if self.layout == "kernel" else (), self.rank
         (a, b), (c, d) = (split(n, self.decompose_factor) for n in (rows, columns // prod(sides)))
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (a, c)}
         if self.decompose_both and r < max(a, c) / 2:
             shapes = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)}
         if r >= max(b, d) / 2:
-            shapes["lokr_w2"] = (b, d, *sides)
-        elif self.use_effective_conv2d and prod(sides) > 1:
-            shapes |= {"lokr_t2": (r, r, *sides, *[1] * (2 - len(sides))), "lokr_w2_a": (r, b), "lokr_w2_b": (r, d)}
-        else:
-            shapes |= {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d * prod(sides))}
-        made = {}
-        zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.initialization]
-        for name, shape in shapes.items():
-            tensor = uniform(self.empty(parameter, *lead, *shape), prod(shape[1:]), generator)
-            made[name] = tensor.zero_() if name in zero else tensor
-        return made
+            return {**shapes, "lokr_w2": (b, d, *sides)}
+        if self.use_effective_conv2d and prod(sides) > 1:
+            core = (r, r, *sides, *[1] * (2 - len(sides)))
+            return {**shapes, "lokr_t2": core, "lokr_w2_a": (r, b), "lokr_w2_b": (r, d)}
+        return {**shapes, "lokr_w2_a": (b, r), "lokr_w2_b": (r, d * prod(sides))}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         dropout = OutputDropout(self.rank_dropout, self.rank_dropout_scale, self.module_dropout)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...errors import AdaptError
 from ...methods import IA3, LoHa, LoKr, LoRA, Method
-from ...methods.layout import matrix_of
 from ...methods.method import check_choice, settings
 from ...select import Site
 from ...weights import Dense, OnBase, Weight
@@ -180,27 +179,17 @@ class GivenLoKr(LoKr):
             return super().refuses(site)
         return f"the weight of a Linear or Conv1d, Conv2d, Conv3d whose sides are multiples of {self.first}"
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        parameter, r, (a, c) = site.parameter, self.rank, self.first
-        _, rows, columns = matrix_of(parameter.shape, self.layout)
-        sides = tuple(parameter.shape[2:])
-        b, d = rows // a, columns // prod(sides) // c
+    def shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+        r, (a, c), sides = self.rank, self.first, tuple(parameter.shape[2:])
+        b, d = parameter.shape[0] // a, parameter.shape[1] // c
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (a, c)}
         if self.decompose_both:
             shapes = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)}
         if self.full:
-            shapes["lokr_w2"] = (b, d, *sides)
-        elif self.use_effective_conv2d:
-            shapes |= {"lokr_t2": (r, r, *sides), "lokr_w2_a": (r, b), "lokr_w2_b": (r, d)}
-        else:
-            shapes |= {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d * prod(sides))}
-        zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.initialization]
-        made = {}
-        for name, shape in shapes.items():
-            tensor = torch.empty(shape, dtype=self.dtype or parameter.dtype, device=parameter.device)
-            tensor.uniform_(-1, 1, generator=generator).div_(max(prod(shape[1:]), 1) ** 0.5)
-            made[name] = tensor.zero_() if name in zero else tensor
-        return made
+            return {**shapes, "lokr_w2": (b, d, *sides)}
+        if self.use_effective_conv2d:
+            return {**shapes, "lokr_t2": (r, r, *sides), "lokr_w2_a": (r, b), "lokr_w2_b": (r, d)}
+        return {**shapes, "lokr_w2_a": (b, r), "lokr_w2_b": (r, d * prod(sides))}
 
 
 def is_host(module: nn.Module) -> bool:
