@@ -19,7 +19,7 @@ TOP = gf.select.name("encoder.layer.[45].*") & LINEARS  # the last two of six
 
 
 def stacked_step(members: int, sentences: int, targets: Mapping[str, float], scale: Scale) -> Case:
-    """One training step of all members of an ensemble, each on its own sentences of 32 tokens."""
+    """One training step of all members of an ensemble, each on its own sentences of 32 tokens: as one batch, and mapped."""
     if not scale.full:
         members, sentences = 4, min(sentences, 2)
     model = mini_lm()
@@ -30,19 +30,35 @@ def stacked_step(members: int, sentences: int, targets: Mapping[str, float], sca
     theirs = peft_family(model, {"a0": adapters["a0"]})
     theirs.train()
     check_members(ens, adapters, theirs, shares)
+    owners = [index for index in range(members) for _ in range(sentences)]
+    check_mixed(ens, shares, owners)
     one_by_one = [training(theirs, share) for share in shares]
 
     def theirs_in_turn() -> None:
         for step in one_by_one:
             step()
 
+    cotangents = [part.flatten(0, 1) for part in mapped_cotangents(ens, shares)]
     calls: Calls = {
-        "ours": mapped_training(ens, shares),
+        "ours": stepping(lambda: told(ens.mix, tokens, members=owners), ens.trainable_parameters(), cotangents),
+        "ours, mapped": mapped_training(ens, shares),
         "PEFT": theirs_in_turn,
         "floor": training(floor(), tokens),
     }
-    facts = {"adapters": members, "tokens": tokens.numel()}
-    return Case(calls, facts=facts, note="PEFT: one after another, no switch counted", targets=targets)
+    facts = {"adapters": len(adapters), "tokens": tokens.numel()}
+    ratios = [(key, other) for key in ("ours", "ours, mapped") for other in ("PEFT", "floor")]
+    return Case(calls, ratios, facts, note="PEFT: one after another, no switch counted", targets=targets)
+
+
+def check_mixed(ens: gf.Ensemble, shares: Tensor, members: Sequence[int]) -> None:
+    """One batch of all members' sentences is what each computes of its own, and trains it as much."""
+    cotangents = mapped_cotangents(ens, shares)
+    found = {}
+    for key, made in (("mapped", mapped_outputs(ens, shares)), ("mixed", told(ens.mix, shares.flatten(0, 1), members=members))):
+        made = [part.view_as(like) for part, like in zip(made, cotangents, strict=True)]
+        found[key] = made, torch.autograd.grad(made, list(ens.trainable_parameters()), cotangents)
+    for what, a, b in zip(("outputs", "gradients"), found["mixed"], found["mapped"], strict=True):
+        check_same(f"{what} of a mixed batch and of a mapped one", a, b)
 
 
 def check_members(ens: gf.Ensemble, adapters: Mapping[str, gf.AdaptedModel], theirs: Any, shares: Tensor) -> None:
