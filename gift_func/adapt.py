@@ -54,8 +54,16 @@ def adapt(
     return _adapt(model, strategy, Initial(generator))
 
 
-def readapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, state: Mapping[str, Tensor]) -> AdaptedModel:
+def readapt(
+    model: nn.Module | FrozenBase | BaseView, strategy: Any, state: Mapping[str, Tensor], *, owned: bool = False
+) -> AdaptedModel:
     """Adapt a model with tensors that are already there; nothing is drawn.
+
+    Args:
+        model: as of `adapt`.
+        strategy: as of `adapt`.
+        state: the tensors, and buffers, under global names.
+        owned: the tensors are nobody else's, and need not be copied.
 
     Raises:
         StateError: if the tensors are not those that the strategy asks for.
@@ -63,12 +71,15 @@ def readapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, state: Mapp
     base = base_of(model)
     known = base.plans.get(strategy) if isinstance(strategy, Strategy) else None
     if known is None:
-        base, body, parts, shapes, rules = _plan(base, strategy, Shapes(torch.Generator()))
+        base, body, parts, shapes, rules = _plan(base, strategy, Shapes())
         if rules is not None and rules.is_data and not any(isinstance(method, Graft) for _, method in rules.rules):
             base.plans = {rules: (parts, shapes)}  # files of one base mostly have one strategy
     else:
-        (parts, shapes), body, rules = known, base.structure.copy(clone), strategy
-    return AdaptedModel(base, body, parts, filled(base, body, parts, shapes, state), rules)
+        (parts, shapes), body, rules = known, None, strategy
+    tensors, buffers = filled(base, (body or base.structure).held(), parts, shapes, state, owned)
+    if body is not None:
+        body.hold(buffers)
+    return AdaptedModel(base, body, parts, tensors, rules, buffers)
 
 
 def _adapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Initial) -> AdaptedModel:
@@ -77,7 +88,7 @@ def _adapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Ini
 
 class _Plan(NamedTuple):
     base: FrozenBase
-    body: Structure
+    body: Structure | None
     parts: list[Part]
     tensors: dict[str, nn.Parameter]
     rules: Strategy | None
@@ -126,12 +137,12 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
 
 def _grafted(
     base: FrozenBase, placements: Sequence[Placement], generator: torch.Generator | None
-) -> tuple[Structure, dict[str, nn.Parameter]]:
-    """A body with the modules that placements add, and those modules' parameters."""
-    body = base.structure.copy(clone)
+) -> tuple[Structure | None, dict[str, nn.Parameter]]:
+    """A body with the modules that placements add, if they do, and those modules' parameters."""
     grafts = [(placement.name, placement.method) for placement in placements if isinstance(placement.method, Graft)]
     if not grafts:
-        return body, {}
+        return None, {}
+    body = base.structure.copy(clone)
     known = {id(body.tensor(name)) for name in body.places}
     with seeded(generator):
         for name, method in grafts:

@@ -18,7 +18,7 @@ from .methods import Method
 from .methods.graft import Scion
 from .show import summary, tree
 from .strategy import Strategy
-from .structure import Structure, clone
+from .structure import Buffers, Structure, clone, copied, kept, named
 from .weights import Slot
 
 Tensors = Mapping[str, Tensor]
@@ -36,7 +36,8 @@ class AdaptedModel(nn.Module):
 
     `adapt` makes it. Its forward is the base's, with the name of every adapted parameter bound to a structured weight.
     Attributes and methods of the model are reached through it (`adapted.config`, `adapted.generate(...)`); they are
-    those of a private copy of the model's structure, with the adapter bound.
+    those of a private copy of the model's structure, with the adapter bound. What is made only to run, that copy among
+    it, is made when the model is first used; what becomes of the user's model before that makes no difference.
 
     Attributes:
         adapter: the adapter's tensors under dotted global names, an `nn.ParameterDict`.
@@ -48,17 +49,18 @@ class AdaptedModel(nn.Module):
     def __init__(
         self,
         base: FrozenBase,
-        structure: Structure,
+        structure: Structure | None,
         parts: Sequence[Part],
         tensors: Mapping[str, nn.Parameter],
         strategy: Strategy | None,
+        buffers: dict[str, Buffers] | None = None,
     ) -> None:
         super().__init__()
-        self._body = Body(base, structure, parts)
+        self._body = Body(base, structure, parts, buffers)
         self._view: BaseView | None = None
         self.strategy = strategy
-        self.training = structure.module.training
-        self.adapter = AdapterDict(tensors, structure)
+        self.training = self._body.training
+        self.adapter = AdapterDict(tensors, self._body.buffers)
         self._body.rest(self.adapter.current())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +74,7 @@ class AdaptedModel(nn.Module):
     @property
     def buffer_names(self) -> set[str]:
         """The dotted names of the network's buffers."""
-        return self._body.structure.buffer_names
+        return set(named(self._body.buffers))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -80,6 +82,8 @@ class AdaptedModel(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_body" not in self.__dict__:
                 raise
+        if torch.compiler.is_compiling():
+            self._body.ready()
         self._body.settle(self.adapter.current())
         module = self._body.module
         try:
@@ -132,7 +136,7 @@ class AdaptedModel(nn.Module):
         """
         state = {name: parameter.detach() for name, parameter in self.adapter.items()}
         pristine = self._pristine()
-        for name, buffer in kept_buffers(self._body.structure).items():
+        for name, buffer in kept(self._body.buffers).items():
             if name not in pristine or not _equal(buffer, pristine[name]):
                 state[name] = buffer.detach()
         return state
@@ -146,9 +150,9 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: if a name is missing or unknown, or a shape differs.
         """
-        base, structure = self._body.base, self._body.structure.copy()
-        tensors = filled(base, structure, self.parts, dict(self.adapter.items()), state)
-        return AdaptedModel(base, structure, self.parts, tensors, self.strategy)
+        body = self._body
+        tensors, buffers = filled(body.base, body.buffers, self.parts, dict(self.adapter.items()), state)
+        return self._like(tensors, buffers)
 
     def load_adapter_state_dict(self, state: Tensors, strict: bool = True) -> IncompatibleKeys:
         """Copy tensors into this model's parameters and buffers in place, so that an optimizer keeps them.
@@ -160,13 +164,13 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: before anything is written.
         """
-        left_out = _check(state, dict(self.adapter.items()), kept_buffers(self._body.structure), strict)
+        left_out = _check(state, dict(self.adapter.items()), kept(self._body.buffers), strict)
         pristine = self._pristine() if strict else {}
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 if name in state:
                     parameter.copy_(state[name])
-            for name, buffer in kept_buffers(self._body.structure).items():
+            for name, buffer in kept(self._body.buffers).items():
                 source = state[name] if name in state else pristine.get(name)
                 if source is not None:
                     buffer.copy_(source)
@@ -202,7 +206,7 @@ class AdaptedModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the adapter and the private copy of the network; the user's model is not touched."""
         super().train(mode)
-        self._body.module.train(mode)
+        self._body.train(mode)
         self._body.rest(self.adapter.current())
         return self
 
@@ -217,11 +221,10 @@ class AdaptedModel(nn.Module):
         tensors = {}
         for name, parameter in self.adapter.items():
             known = memo.get(id(parameter))
-            copied = nn.Parameter(clone(parameter), requires_grad=parameter.requires_grad)
-            copied.grad = None if parameter.grad is None else clone(parameter.grad)
-            tensors[name] = known if isinstance(known, nn.Parameter) else memo.setdefault(id(parameter), copied)
-        structure = Structure(self._body.structure.detached())
-        made = memo[id(self)] = AdaptedModel(self._body.base, structure, self.parts, tensors, self.strategy)
+            other = nn.Parameter(clone(parameter), requires_grad=parameter.requires_grad)
+            other.grad = None if parameter.grad is None else clone(parameter.grad)
+            tensors[name] = known if isinstance(known, nn.Parameter) else memo.setdefault(id(parameter), other)
+        made = memo[id(self)] = self._like(tensors, copied(self._body.buffers))
         return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -232,7 +235,7 @@ class AdaptedModel(nn.Module):
         return _restore, (base, structure.module, self.parts, dict(self.adapter.items()), self.strategy)
 
     def __repr__(self) -> str:
-        return tree(self._body.structure, {part.name: part.method for part in self.parts})
+        return tree(self._body.outline, {part.name: part.method for part in self.parts})
 
     def summary(self) -> str:
         """A table of the adapted parameters, their methods and sizes, and what is trained of the whole."""
@@ -244,46 +247,55 @@ class AdaptedModel(nn.Module):
             rows.append((part.name, part.method, [self.adapter[name] for name in own]))
         return summary(self._body.base, rows)
 
-    # --- names
+    def _like(self, tensors: Mapping[str, nn.Parameter], buffers: dict[str, Buffers]) -> AdaptedModel:
+        """This model with other tensors, and with these buffers."""
+        body = self._body
+        structure = body.structure.holding(buffers) if body.is_made else None
+        made = AdaptedModel(body.base, structure, self.parts, tensors, self.strategy, buffers)
+        for mode in body.modes if structure is None else ():
+            made.train(mode)
+        return made
 
     def _pristine(self) -> dict[str, Tensor]:
-        return {name: buffer for name, _, _, buffer in self._body.base.structure.buffers()}
+        return named(self._body.base.structure.held())
 
 
 def filled(
-    base: FrozenBase, structure: Structure, parts: Sequence[Part], adapter: Mapping[str, nn.Parameter], state: Tensors
-) -> dict[str, nn.Parameter]:
-    """Parameters like an adapter's with copies of a state's values; the structure's buffers get theirs, or the base's.
+    base: FrozenBase,
+    held: Mapping[str, Buffers],
+    parts: Sequence[Part],
+    adapter: Mapping[str, nn.Parameter],
+    state: Tensors,
+    owned: bool = False,
+) -> tuple[dict[str, nn.Parameter], dict[str, Buffers]]:
+    """Parameters like an adapter's with copies of a state's values, and buffers with its values, or with the base's.
 
     Args:
+        held: what buffers there are.
         adapter: parameters under their global names; only their shapes, types and `requires_grad` count.
+        owned: the state's tensors are nobody else's, and need not be copied.
 
     Raises:
         StateError: if a name is missing or unknown, or a shape differs; nothing is written then.
     """
-    _check(state, adapter, kept_buffers(structure), strict=True)
-    pristine = {name: buffer for name, _, _, buffer in base.structure.buffers()}
-    for name, attribute, module, buffer in structure.buffers():
-        source = state[name] if name in state else pristine.get(name, buffer)
-        module._buffers[attribute] = source.detach().to(buffer).clone()
+    _check(state, adapter, kept(held), strict=True)
+    buffers = copied(held, {**named(base.structure.held()), **{name: state[name] for name in state if name not in adapter}})
     tensors: dict[str, nn.Parameter] = {}
     for part in parts:
+        weight = base.weights.get(part.name)
+        home = None if weight is None else weight.device
         for name in part.names.values():
             if name not in tensors:
-                old = adapter[name]
-                home = base.weights[part.name].device if part.name in base.weights else old.device
-                tensor = state[name].detach().to(home, old.dtype, copy=True)
+                old, tensor = adapter[name], state[name]
+                if not (owned and tensor.dtype == old.dtype and tensor.device == (home or old.device)):
+                    tensor = tensor.detach().to(home or old.device, old.dtype, copy=not owned)
                 tensors[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    return tensors
+    return tensors, buffers
 
 
 def kept_buffers(structure: Structure) -> dict[str, Tensor]:
     """The persistent buffers, by global name."""
-    return {
-        name: buffer
-        for name, attribute, module, buffer in structure.buffers()
-        if attribute not in module._non_persistent_buffers_set
-    }
+    return kept(structure.held())
 
 
 def _check(state: Tensors, adapter: Tensors, buffers: Tensors, strict: bool) -> IncompatibleKeys:

@@ -6,7 +6,8 @@ import ctypes
 import hashlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from .errors import BaseChangedWarning, outside
 from .fused import fused_names, runs_fused
 from .methods import Method
-from .replica import walk
+from .replica import paths, walk
 from .select import Site
-from .structure import Structure
+from .structure import Structure, join
 from .weights import Dense, Slot, Weight
 
 SAMPLE = 1024
@@ -62,14 +63,20 @@ class FrozenBase:
         Raises:
             AdaptError: if the model's structure cannot be copied.
         """
-        structure, modules = Structure.of(model), walk(model)
+        modules = walk(model)
+        structure = Structure.of(modules)
         trainable = set()
-        for name in structure.places:
-            module_name, _, attribute = name.rpartition(".")
-            parameter = modules[module_name]._parameters[attribute]
-            if parameter is not None and parameter.requires_grad:
-                trainable.add(name)
-        return FrozenBase(structure, frozenset(trainable))
+        for module_name, module in modules.items():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    trainable.add(join(module_name, attribute))
+        return FrozenBase(structure, frozenset(trainable & structure.places.keys()))
+
+    @cached_property
+    def has_plain_modes(self) -> bool:
+        """Whether setting the network's training mode sets just that, in every module."""
+        modules = self.structure.modules.values()
+        return all(type(module).train is nn.Module.train and "train" not in vars(module) for module in modules)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.structure.module, self.trainable)
@@ -81,7 +88,7 @@ class FrozenBase:
             model: the user's model, whose own modules and parameters the sites then show to selectors.
         """
         root = self.structure.module if model is None else model
-        modules = dict(root.named_modules(remove_duplicate=False))
+        modules = paths(root)
         groups = []
         for names in self.structure.names.values():
             group = []
@@ -174,16 +181,20 @@ class FrozenBase:
             `{"structure": hex, "values": hex}`; values is empty where the tensors hold none (meta device).
         """
         if self._fingerprint is None:
-            structure, values, empty = hashlib.sha256(), hashlib.sha256(), False
+            lines, leaves = [], []
             for name, weight in sorted(self.weights.items()):
-                structure.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}\n".encode())
-                for tensor in weight.leaves():
-                    empty |= tensor.is_meta
-                    if not tensor.is_meta:
-                        values.update(_sample(tensor))
+                lines.append(f"{name}:{tuple(weight.shape)}:{weight.dtype}\n")
+                leaves.extend(weight.leaves())
+            empty = any(tensor.is_meta for tensor in leaves)
+            values = hashlib.sha256()
+            for sample in samples(tensor for tensor in leaves if not tensor.is_meta):
+                values.update(sample)
             for name, attribute, module, buffer in self.structure.buffers():
                 if attribute not in module._non_persistent_buffers_set and not buffer.is_meta:
-                    values.update(name.encode() + _sample(buffer))
+                    values.update(name.encode())
+                    for sample in samples([buffer]):
+                        values.update(sample)
+            structure = hashlib.sha256("".join(lines).encode())
             self._fingerprint = {"structure": structure.hexdigest(), "values": "" if empty else values.hexdigest()}
         return dict(self._fingerprint)
 
@@ -253,15 +264,36 @@ def _rebuild(module: nn.Module, trainable: frozenset[str]) -> FrozenBase:
     return FrozenBase(Structure(module), trainable)
 
 
-def _sample(tensor: Tensor) -> bytes:
+def samples(tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """The bytes of up to about `SAMPLE` evenly spaced elements of each tensor, in their order."""
     with torch.no_grad():
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLE)].to("cpu").contiguous()
-        if not picked.numel():
-            return b""
-        if type(picked) in (Tensor, nn.Parameter):
-            return ctypes.string_at(picked.data_ptr(), picked.numel() * picked.element_size())
-        return bytes(picked.view(torch.uint8).tolist())
+        run: list[Tensor] = []
+        for tensor in tensors:
+            size = tensor.numel()
+            step = max(1, size // SAMPLE)
+            if _is_plain(tensor) and tensor.is_contiguous():
+                picked = tensor.as_strided((-(-size // step),), (step,))
+            else:
+                picked = tensor.detach().reshape(-1)[::step]
+            # Neighbours are gathered by one operation: a network has hundreds of tensors, most of them alike.
+            if run and (picked.dtype is not run[0].dtype or picked.device != run[0].device or not _is_plain(tensor)):
+                yield _bytes(torch.cat(run))
+                run = []
+            if _is_plain(tensor):
+                run.append(picked)
+            elif picked.numel():
+                yield bytes(picked.to("cpu").contiguous().view(torch.uint8).tolist())
+        if run:
+            yield _bytes(torch.cat(run))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    here = tensor.to("cpu")
+    return ctypes.string_at(here.data_ptr(), here.numel() * here.element_size()) if here.numel() else b""
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .base import FrozenBase
 from .fused import fused_names, guards, runs_fused
 from .methods import Method
+from .private import PrivateCopy
 from .snapshot import Snapshot
-from .structure import Structure, clone, join
+from .structure import Buffers, Structure, clone, join
 from .weights import Dense, Slot, Weight
 from .weights.call import Call, calling
 
@@ -54,7 +55,7 @@ class Twin:
     buffers: list[tuple[nn.Module, nn.Module]]
 
 
-class Body:
+class Body(PrivateCopy):
     """A private copy of the network in which, between calls, the model's own structured weights rest.
 
     A call on those needs no binding, and a checkpoint that runs a part of it again in backward finds them in place. A
@@ -62,17 +63,36 @@ class Body:
 
     Args:
         base: the frozen base.
-        structure: the copy, with private buffers; its module may differ from the base's where modules were replaced.
+        structure: the copy, with private buffers; its module may differ from the base's where modules were replaced. None
+            for one of the base's that is made at first use.
         parts: the adapted parameters, by their names in this copy.
+        buffers: for a copy that is to be made, its private buffers; None for copies of the base's.
+
+    Attributes:
+        computes: whether a weight holds a tensor that its method computed.
     """
 
-    def __init__(self, base: FrozenBase, structure: Structure, parts: Sequence[Part]) -> None:
-        self.base = base
-        self.structure = structure
+    def __init__(
+        self,
+        base: FrozenBase,
+        structure: Structure | None,
+        parts: Sequence[Part],
+        buffers: dict[str, Buffers] | None = None,
+    ) -> None:
         self.parts = tuple(parts)
-        self.module = structure.module
-        names = [part.name for part in parts]
-        slots = [*names, *(name for name in base.slots if name in structure.places and name not in names)]
+        self.computes = False
+        self._twins: list[Twin] = []
+        self._resting: Tensors = {}
+        self._weights: dict[str, Weight] | None = None
+        self._slots: dict[str, Tensor] = {}
+        self._on_base = False
+        self._epoch = -1
+        super().__init__(base, structure, buffers)
+
+    def furnish(self, structure: Structure) -> None:
+        """Learn where the adapted parameters stand in the copy, and put their weights there."""
+        names = [part.name for part in self.parts]
+        slots = [*names, *(name for name in self.base.slots if name in structure.places and name not in names)]
         self._fused = fused_names(structure, slots)
         self._guards = guards(structure, slots)
         paths = {id(module): path for path, module in structure.modules.items()}
@@ -80,10 +100,8 @@ class Body:
         self._places = {
             join(paths[id(module)], attribute): name for name in names for module, attribute in structure.places[name]
         }
-        self._twins: list[Twin] = []
-        self._resting: Tensors = {}
-        self._slots: dict[str, Tensor] = {}
-        self._epoch = -1
+        if self._epoch >= 0:
+            self._hold(structure)
 
     def prepare(self) -> None:
         """Look up what the methods derive from the base, as it is now."""
@@ -94,62 +112,71 @@ class Body:
 
     def rest(self, tensors: Tensors) -> None:
         """Let the copy hold, between calls, the weights that these adapter tensors make."""
-        self.prepare()
-        self._resting = tensors
-        # The views that weights are made of must carry gradients, whatever mode the model is made or moved in.
-        with torch.inference_mode(False), torch.enable_grad():
-            weights = self.weights(tensors)
-        self.computes = self._computes(weights.values())
-        # Parameters that are trained themselves are slots too: only a slot notices a checkpoint that drops its gradient.
-        self._slots = {name: Slot.of(weight) for name, weight in weights.items()}
-        self._hold()
+        with self._lock:
+            self.prepare()
+            self._resting, self._on_base = tensors, False
+            # The views that weights are made of must carry gradients, whatever mode the model is made or moved in.
+            with torch.inference_mode(False), torch.enable_grad():
+                self._weights = None if self.is_undecided else self.weights(tensors)
+            if self._own is not None:
+                self._hold(self._own)
 
     def rest_on_base(self) -> None:
         """Let the copy hold the base's own tensors between calls, all of which bring theirs."""
-        self.prepare()
-        self._resting, self.computes = {}, False
-        # Modules of the adapter's own have parameters that the base has not.
-        self._slots = {part.name: self.base.tensors.get(part.name, self.structure.tensor(part.name)) for part in self.parts}
-        self._hold()
+        with self._lock:
+            self.prepare()
+            self._resting, self._on_base = {}, True
+            if self._own is not None:
+                self._hold(self._own)
 
-    def _hold(self) -> None:
+    def _hold(self, structure: Structure) -> None:
+        if self._on_base:
+            self.computes = False
+            # Modules of the adapter's own have parameters that the base has not.
+            self._slots = {part.name: self.base.tensors.get(part.name, structure.tensor(part.name)) for part in self.parts}
+        else:
+            weights = self._weights
+            if weights is None:
+                with torch.enable_grad():
+                    weights = self._weights_in(self._resting, lambda name: structure.modules[name].training)
+            self.computes = self._computes(weights.values())
+            # Parameters that are trained themselves are slots too: only a slot notices a checkpoint that drops its gradient.
+            self._slots = {name: Slot.of(weight) for name, weight in weights.items()}
+        self._weights = None
         for name in self._guards:
             self._slots[name] = Slot.of(self.base.weights[name])
         for name, tensor in self._slots.items():
-            self.structure.bind(name, tensor)
+            structure.bind(name, tensor)
         self._twins = []
 
     def _computes(self, weights: Iterable[Weight]) -> bool:
         """Whether a weight holds a tensor that its method computed, which the next optimizer step would make stale."""
+        leaves = [tensor for weight in weights for tensor in weight.leaves() if tensor.grad_fn is not None]
+        if not leaves:
+            return False
         given = [*self._resting.values(), *(t for made in self._derived.values() for t in made.values())]
         known = {t.untyped_storage().data_ptr() for t in given}
         known |= {t.untyped_storage().data_ptr() for w in self.base.weights.values() for t in w.leaves()}
-        return any(t.grad_fn is not None and t.untyped_storage().data_ptr() not in known for w in weights for t in w.leaves())
+        return any(tensor.untyped_storage().data_ptr() not in known for tensor in leaves)
 
     def settle(self, tensors: Tensors) -> None:
         """Rest on the tensors that stand in the adapter's places, if others were put there for good."""
+        self.ready()
         own = all(map(is_, tensors.values(), self._resting.values())) and not self.computes
         if not own and all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
             self.rest(tensors)
 
-    def rebase(self, base: FrozenBase) -> None:
-        """Exchange the base for a moved or cast one; `rest` must follow."""
-        if base is not self.base:
-            names = {id(tensor): name for name, tensor in self.base.tensors.items()}
-            for name in self.structure.places:
-                origin = names.get(id(self.structure.tensor(name)))
-                if origin is not None:
-                    self.structure.bind(name, base.tensors[origin])
-            self.base = base
-
     def weights(self, tensors: Tensors) -> dict[str, Weight]:
         """The structured weights that adapter tensors make of the base's, by the name of the parameter."""
+        return self._weights_in(tensors, self.trains)
+
+    def _weights_in(self, tensors: Tensors, trains: Callable[[str], bool]) -> dict[str, Weight]:
         made: dict[str, Weight] = {}
         for part in self.parts:
             own = {local: tensors[name] for local, name in part.names.items()}
             if part.name in self.base.weights:
                 weight = part.method.weight(self.base.weights[part.name], {**self._derived[part.name], **own})
-                made[part.name] = weight if self.structure.places[part.name][0][0].training else weight.eval()
+                made[part.name] = weight if trains(part.name.rpartition(".")[0]) else weight.eval()
             else:  # a module that an action put in: its parameters are the adapter's
                 made[part.name] = Dense(own[""])
         return made
@@ -158,10 +185,11 @@ class Body:
         """The forward of the network on the tensors that stand in the adapter's places now."""
         if torch.compiler.is_compiling():
             return self._traced(tensors, {}, args, kwargs)
+        own = self.structure
         resting = all(map(is_, tensors.values(), self._resting.values())) and not self.computes
-        if resting and not (self._fused and runs_fused(self.structure, tensors.values())):
+        if resting and not (self._fused and runs_fused(own, tensors.values())):
             with self.calling():
-                return self.module(*args, **kwargs)
+                return own.module(*args, **kwargs)
         # torch.func.functional_call put others there, say: as with any module, buffers are then written in place.
         with self.bound(tensors, {}, private_buffers=False) as (twin, call):
             return call.returns(twin.structure.module(*args, **kwargs))
@@ -207,6 +235,7 @@ class Body:
 
     def _traced(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A trace knows neither threads nor checkpoints that outlive it, so torch's own binding will do.
+        self.ready()
         weights = self.weights(tensors)
         slots = {name: w.tensor if isinstance(w, Dense) else Slot.of(w) for name, w in weights.items()}
         placed = {place: slots[name] for place, name in self._places.items()}
@@ -216,9 +245,10 @@ class Body:
     def bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
         """A copy with the weights that these tensors make in place, to this call alone."""
         self._look_after_base()
+        structure = self.structure
         weights = self.weights(tensors)
         slots: dict[str, Tensor] = {name: Slot.of(weight) for name, weight in weights.items()}
-        if self._fused and runs_fused(self.structure, tensors.values()):
+        if self._fused and runs_fused(structure, tensors.values()):
             for name in (*self._fused, *self._guards):
                 slots[name] = (weights.get(name) or self.base.weights[name]).dense()
         with self.lent(slots, buffers, private_buffers) as found:
@@ -256,8 +286,9 @@ class Body:
                 break
             if twin.source.holds():
                 return twin
-        structure = self.structure.copy()
-        pairs = zip(self.structure.modules.values(), structure.modules.values(), strict=True)
+        resting = self.structure
+        structure = resting.copy()
+        pairs = zip(resting.modules.values(), structure.modules.values(), strict=True)
         buffers = [(mine, other) for mine, other in pairs if mine._buffers]
-        source, own = (Snapshot(found.modules.values()) for found in (self.structure, structure))
+        source, own = (Snapshot(found.modules.values()) for found in (resting, structure))
         return Twin(structure, source, own, buffers)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from .adapted import AdaptedModel
 from .base import BaseView, FrozenBase
 from .errors import AdaptError, FileError, StateError
 from .methods import Method
+from .reading import copied, mapped
 from .strategy import Strategy
 
 KEY = "gift_func"
@@ -84,22 +85,29 @@ def load_adapter(
         AdaptError: if the strategy does not fit the model.
     """
     base = base_of(model)
-    tensors, rules = contents(base, path, check_base=check_base, strategy=strategy)
+    tensors, rules = contents(base, path, check_base=check_base, strategy=strategy, owned=True)
     try:
-        return readapt(base, rules, tensors)
+        return readapt(base, rules, tensors, owned=True)
     except StateError as error:
         raise FileError(f"{os.fspath(path)} does not fit its strategy on this model: {error}") from None
 
 
 def contents(
-    base: FrozenBase, path: str | os.PathLike[str], *, check_base: bool = True, strategy: Any = None
+    base: FrozenBase, path: str | os.PathLike[str], *, check_base: bool = True, strategy: Any = None, owned: bool = False
 ) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of an adapter file, mapped and not copied, and its strategy, or the one that is given.
+    """The tensors of an adapter file, and its strategy, or the one that is given.
+
+    Args:
+        base: what the adapter is for.
+        path: the file.
+        check_base: refuse a file that was made for another base.
+        strategy: in the place of the file's own.
+        owned: read the tensors into memory of their own; otherwise they lie in the file's pages.
 
     Raises:
         FileError: if the file is missing, damaged or no adapter file, or made for another base.
     """
-    tensors, header = _read(Path(path))
+    tensors, header = _read(Path(path), owned)
     rules = _strategy(header, path) if strategy is None else strategy
     if check_base:
         _check_base(header["base"], base.fingerprint(), path)
@@ -124,15 +132,14 @@ def _check_base(saved: Mapping[str, str], found: Mapping[str, str], path: str | 
         raise FileError(f"{os.fspath(path)} was made for another base: names and shapes agree, the values differ. {told}")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, owned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = copied(path) if owned else mapped(path)
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    text = metadata.get(KEY)
     if text is None:
         raise FileError(f"{path} is a safetensors file, but not one of save_adapter")
     try:

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from .body import Part
 from .errors import AdaptError
+from .methods import Method
+from .methods.method import is_by_shape
 from .select import Site
 from .strategy import Placement
 
@@ -33,6 +35,7 @@ class Initial:
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
+        self._bare: dict[object, dict[str, Tensor]] = {}
 
     def site(self, site: Site) -> Site:
         """The site as the method is shown it."""
@@ -40,17 +43,44 @@ class Initial:
 
     def own(self, placement: Placement) -> dict[str, Tensor]:
         """The tensors of one placement, by the method's names."""
-        site = self.site(placement.site)
+        site = placement.site
+        if site.parameter.is_meta:
+            return {name: _like(tensor) for name, tensor in self.bare(placement.method, site).items()}
+        return placement.method.init(self.site(site), self.generator)
+
+    def bare(self, method: Method, site: Site) -> dict[str, Tensor]:
+        """The method's tensors without values, by its names; not to be kept, for other places may have the same."""
+        if not is_by_shape(method):
+            return self._init_bare(method, site)
+        key = type(method), *vars(method).values(), site.parameter.shape, site.parameter.dtype
+        found = self._bare.get(key)
+        if found is None:
+            found = self._bare[key] = self._init_bare(method, site)
+        return found
+
+    def _init_bare(self, method: Method, site: Site) -> dict[str, Tensor]:
+        site = self.site(site)
         with Unfilled() if site.parameter.is_meta else nullcontext():
-            return placement.method.init(site, self.generator)
+            return method.init(site, self.generator)
 
     def common(self, group: Sequence[Placement]) -> dict[str, Tensor]:
         """The tensors that all placements of one rule share."""
-        return group[0].rule.common([self.site(placement.site) for placement in group], self.generator)
+        rule = group[0].rule
+        if type(rule).common is Method.common:
+            return {}
+        return rule.common([self.site(placement.site) for placement in group], self.generator)
+
+    def parameter(self, tensor: Tensor, trained: bool) -> nn.Parameter:
+        """A tensor of the adapter."""
+        return nn.Parameter(tensor.detach(), requires_grad=trained)
 
 
 class Shapes(Initial):
     """Tensors without values, and without a draw from any generator: for others that are about to be given."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__(generator or torch.Generator())
+        self._parameters: dict[tuple[Tensor, bool], nn.Parameter] = {}
 
     def site(self, site: Site) -> Site:
         """The site with a parameter that has a shape and a type only."""
@@ -58,6 +88,22 @@ class Shapes(Initial):
             return site
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         return replace(site, parameter=bare)
+
+    def own(self, placement: Placement) -> dict[str, Tensor]:
+        """The tensors of one placement, by the method's names; places that are alike have the same."""
+        return self.bare(placement.method, placement.site)
+
+    def parameter(self, tensor: Tensor, trained: bool) -> nn.Parameter:
+        """What a tensor of the adapter is like."""
+        found = self._parameters.get((tensor, trained))
+        if found is None:
+            found = self._parameters[tensor, trained] = super().parameter(tensor, trained)
+        return found
+
+
+def _like(tensor: Tensor) -> Tensor:
+    # On the meta device `torch.empty_like` takes ten times as long.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def common_name(local: str, before: int) -> str:
@@ -84,7 +130,7 @@ def parts_of(
     def add(name: str, tensor: Tensor, trained: bool) -> None:
         if name in tensors or name in taken:
             raise AdaptError(f"two adapted parameters would both name a tensor {name!r}; adapt one of them by another method")
-        tensors[name] = nn.Parameter(tensor.detach(), requires_grad=trained)
+        tensors[name] = initial.parameter(tensor, trained)
 
     groups: dict[int, list[Placement]] = {}
     for placement in placements:

@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ _ATOMS = (
 
 SIMPLE = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 OWN = frozenset({"_parameters", "_buffers", "_modules"})
-_MAPPINGS = frozenset([dict, OrderedDict])
-# What every module has for itself, and hardly ever anything in it.
-_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _MAPPINGS) - OWN
+_HOLDERS = frozenset([dict, OrderedDict, set])
+# What every module has for itself, and seldom anything in it.
+_OFTEN_EMPTY = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _HOLDERS)
 
 
 def clone(tensor: Tensor) -> Tensor:
@@ -42,29 +42,56 @@ def clone(tensor: Tensor) -> Tensor:
 def walk(root: nn.Module) -> dict[str, nn.Module]:
     """Every module of a tree once, by its first dotted name, as `named_modules` gives them."""
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def visit(name: str, module: nn.Module) -> None:
-        if id(module) not in seen:
-            seen.add(id(module))
-            found[name] = module
-            above = f"{name}." if name else ""
-            for step, child in module._modules.items():
-                if child is not None:
-                    visit(above + step, child)
-
-    visit("", root)
+    _visit("", root, found, set())
     return found
 
 
-def replica(root: nn.Module, parameter_of: Callable[[Any], Tensor], buffer_of: Callable[[Tensor], Tensor]) -> nn.Module:
+def paths(root: nn.Module) -> dict[str, nn.Module]:
+    """The module at every path of a tree, as `named_modules(remove_duplicate=False)` gives them."""
+    found: dict[str, nn.Module] = {}
+    _visit("", root, found, None)
+    return found
+
+
+def _visit(name: str, module: nn.Module, found: dict[str, nn.Module], seen: set[int] | None) -> None:
+    # No function inside of another, which would hold on to itself and to all that it found until the garbage collector runs.
+    if seen is not None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+    found[name] = module
+    children = module._modules
+    if children:
+        above = f"{name}." if name else ""
+        for step, child in children.items():
+            if child is not None:
+                _visit(above + step, child, found, seen)
+
+
+class Replica(NamedTuple):
+    """A copy of a module tree.
+
+    Attributes:
+        root: its root.
+        modules: every module of it once, by its first dotted name.
+    """
+
+    root: nn.Module
+    modules: dict[str, nn.Module]
+
+
+def replica(
+    modules: dict[str, nn.Module], parameter_of: Callable[[Any], Tensor], buffer_of: Callable[[Tensor], Tensor]
+) -> Replica:
     """A copy of a module tree that shares nothing with it but what these functions make of its parameters and buffers.
+
+    Args:
+        modules: the tree, as `walk` gives it.
 
     Raises:
         AdaptError: for an attribute that cannot be copied.
     """
     memo = _Memo()
-    modules = walk(root)
     for module in modules.values():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
@@ -72,21 +99,23 @@ def replica(root: nn.Module, parameter_of: Callable[[Any], Tensor], buffer_of: C
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo.put(buffer, buffer_of(buffer))
-    ordinary = {name: module for name, module in modules.items() if _is_ordinary(module)}
+    kinds = {type(module) for module in modules.values()}
+    plain = {kind for kind in kinds if _is_plain(kind)}
+    ordinary = {name: module for name, module in modules.items() if type(module) in plain or _is_parametrized(module)}
     for module in ordinary.values():
         memo.put(module, object.__new__(type(module)))
     for name, module in ordinary.items():
-        filled = memo[id(module)].__dict__
-        filled.update(module.__dict__)
-        for attribute, value in module.__dict__.items():
+        own, filled = module.__dict__, memo[id(module)].__dict__
+        filled.update(own)
+        for attribute, value in own.items():
             kind = type(value)
             if kind in SIMPLE:
                 continue
-            if attribute in _HOOKS and kind in _MAPPINGS and not value:
+            if attribute in _OFTEN_EMPTY and not value and kind in _HOLDERS:
                 filled[attribute] = kind()
                 continue
             try:
-                filled[attribute] = _deep(value, memo)
+                filled[attribute] = _tree_part(value, memo) if attribute in OWN and kind is dict else _deep(value, memo)
             except AdaptError:
                 raise
             except Exception as error:
@@ -95,20 +124,38 @@ def replica(root: nn.Module, parameter_of: Callable[[Any], Tensor], buffer_of: C
                     f"{type(value).__name__} that cannot be copied ({error}). A private copy of the model's structure "
                     "is needed; give that object a __deepcopy__, or set it up outside of the model."
                 ) from None
+    root = modules[""]
     made: nn.Module = _deep(root, memo)
-    if any(isinstance(module, nn.RNNBase) for module in modules.values()):
-        for module in made.modules():
+    # A module that copies itself may come out with other parts.
+    alike = len(ordinary) == len(modules)
+    copies = {name: memo[id(module)] for name, module in modules.items()} if alike else walk(made)
+    if any(issubclass(kind, nn.RNNBase) for kind in kinds):
+        for module in copies.values():
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
+    return Replica(made, copies)
+
+
+def _tree_part(value: dict[str, Any], memo: _Memo) -> dict[str, Any]:
+    """A module's dictionary of parameters, buffers or children, nearly all of which are made by now."""
+    made: dict[str, Any] = {}
+    memo[id(value)] = made
+    for key, item in value.items():
+        if item is not None:
+            known = dict.get(memo, id(item))  # without counting, which is for closures
+            item = _deep(item, memo) if known is None else known
+        made[key] = item
     return made
 
 
-def _is_ordinary(module: nn.Module) -> bool:
-    """Whether a module is all in its `__dict__`, as nearly every module is."""
-    kind = type(module)
-    if kind.__reduce_ex__ is not object.__reduce_ex__:
-        return False
-    return getattr(kind, "__deepcopy__", None) is None or nn.utils.parametrize.is_parametrized(module)
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether the modules of a class are all in their `__dict__`, as nearly all are."""
+    return kind.__reduce_ex__ is object.__reduce_ex__ and getattr(kind, "__deepcopy__", None) is None
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether a class would be plain but for what `torch.nn.utils.parametrize` put into it."""
+    return type(module).__reduce_ex__ is object.__reduce_ex__ and nn.utils.parametrize.is_parametrized(module)
 
 
 class _Memo(dict[int, Any]):
@@ -121,9 +168,9 @@ class _Memo(dict[int, Any]):
         self.kept: list[object] = []
 
     def put(self, original: object, made: object) -> None:
+        # The tree itself keeps the original, and so its id.
         self[id(original)] = made
         self.parts.add(id(original))
-        self.kept.append(original)
 
     def get(self, key: int, default: Any = None) -> Any:
         if key in self.parts:

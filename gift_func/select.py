@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ class Type(Selector):
     classes: tuple[str, ...]
 
     def __call__(self, site: Site) -> bool:
-        return any(qualified(kind) in self.classes for kind in type(site.module).__mro__)
+        kind: Any = type(site.module)
+        return _descends(kind, self.classes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": list(self.classes)}
@@ -226,6 +228,12 @@ def parameter(pattern: str) -> Selector:
 def qualified(kind: type) -> str:
     """A class's module and qualified name."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@lru_cache(maxsize=1024)
+def _descends(kind: type, names: tuple[str, ...]) -> bool:
+    """Whether one of these is the qualified name of a class or of one that it is derived from."""
+    return any(qualified(ancestor) in names for ancestor in kind.__mro__)
 
 
 def as_selector(value: Selector | str | Callable[[Site], bool]) -> Selector:

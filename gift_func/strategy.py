@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -184,10 +185,12 @@ class Strategy:
                         continue
                     seen[index] += 1
                     taken.setdefault(site.name, (index, Placement(site.name, site, method, method)))
-        for group in groups:
-            for index, site in ((i, s) for i in range(len(self.rules)) for s in group):
-                selector, method = self.rules[index]
-                if isinstance(method, Graft) or not (method.takes(site) if selector is None else selector(site)):
+        for group, (index, rule) in product(groups, enumerate(self.rules)):
+            selector, method = rule
+            if isinstance(method, Graft):
+                continue
+            for site in group:
+                if not (method.takes(site) if selector is None else selector(site)):
                     continue
                 reason = method.refuses(site)
                 if reason is not None:
@@ -198,9 +201,10 @@ class Strategy:
                 seen[index] += 1
                 if group[0].name not in taken:
                     taken[group[0].name] = index, Placement(group[0].name, site, method.at(site), method)
-        sites = {site.name: group for group in groups for site in group}
+        sites: dict[str, list[Site]] = {}
         for index, placement in list(taken.values()):
             for param_name, method in placement.method.companions(placement.site).items():
+                sites = sites or {site.name: group for group in groups for site in group}
                 group = sites.get(join(placement.site.module_name, param_name), [])
                 if group and group[0].name not in taken:
                     taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]), method, placement)
@@ -246,7 +250,6 @@ class Explanation:
     def check(self) -> None:
         """Raise an `AdaptError` for the first rule that takes nothing or passes over a computed weight."""
         won = {index for index, _ in self.taken.values()}
-        names = [site.name for group in self.groups for site in group]
         for index, (selector, method) in enumerate(self.strategy.rules):
             if selector is None:
                 self._check_computed(method)
@@ -259,6 +262,7 @@ class Explanation:
             if self.selected[index]:
                 raise AdaptError(f"{label} takes nothing: earlier rules take all it selects. Move it up, or drop it.")
             wanted = "" if selector is None else getattr(selector, "pattern", "")
+            names = [site.name for group in self.groups for site in group]
             known = {name.rpartition(".")[0]: None for name in names if "." in name} | dict.fromkeys(names)
             remedy = "Name a parameter to adapt it" if selector is None else "Patterns are globs on dotted names"
             raise AdaptError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,27 @@ from torch.nn.parameter import is_lazy
 
 from .errors import AdaptError
 from .replica import clone as clone
-from .replica import replica, walk
+from .replica import paths, replica, walk
 
 
 def _same(tensor: Any) -> Any:
     return tensor
+
+
+class Buffers(NamedTuple):
+    """One module's buffers.
+
+    Attributes:
+        tensors: by attribute.
+        passing: the attributes of those that are not saved.
+    """
+
+    tensors: dict[str, Tensor | None]
+    passing: set[str]
+
+    def kept(self) -> dict[str, Tensor]:
+        """Those that are saved."""
+        return {name: tensor for name, tensor in self.tensors.items() if tensor is not None and name not in self.passing}
 
 
 class Structure:
@@ -30,49 +46,52 @@ class Structure:
         written: the parameters that the network writes to in its own forward.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, modules: dict[str, nn.Module] | None = None) -> None:
         self.module = module
-        self.modules = walk(module)
+        self.modules = walk(module) if modules is None else modules
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
-        first: dict[int, str] = {}
+        first: dict[int, list[tuple[nn.Module, str]]] = {}
         for module_name, child in self.modules.items():
             for attribute, parameter in child._parameters.items():
                 if parameter is not None:
-                    name = first.get(id(parameter))
-                    if name is None:
-                        name = first[id(parameter)] = join(module_name, attribute)
-                        self.places[name] = []
-                    self.places[name].append((child, attribute))
-        writers = {id(parameter) for child in self.modules.values() for parameter in _written_by(child)}
-        self.written = {name for name in self.places if id(self.tensor(name)) in writers}
+                    places = first.get(id(parameter))
+                    if places is None:
+                        name = f"{module_name}.{attribute}" if module_name else attribute
+                        first[id(parameter)] = self.places[name] = [(child, attribute)]
+                    else:
+                        places.append((child, attribute))
+        writers = _written_by(self.modules.values())
+        self.written = {name for name in self.places if id(self.tensor(name)) in writers} if writers else set()
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
         """For every parameter's first dotted name, all dotted names that lead to it."""
         first = {(id(child), attribute): name for name, places in self.places.items() for child, attribute in places}
         found: dict[str, list[str]] = {name: [] for name in self.places}
-        for module_name, child in self.module.named_modules(remove_duplicate=False):
+        for module_name, child in paths(self.module).items():
             for attribute, parameter in child._parameters.items():
                 if parameter is not None:
                     found[first[id(child), attribute]].append(join(module_name, attribute))
         return found
 
     @staticmethod
-    def of(module: nn.Module) -> Structure:
+    def of(modules: dict[str, nn.Module]) -> Structure:
         """The private copy of a user's module: parameters are frozen aliases, buffers are clones.
+
+        Args:
+            modules: the module and all in it, as `walk` gives them.
 
         Raises:
             AdaptError: for a scripted module, an uninitialised lazy one, or an attribute that cannot be copied.
         """
-        modules = walk(module)
         _refuse(modules)
-        writers = {id(p) for child in modules.values() for p in _written_by(child)}
+        writers = _written_by(modules.values())
 
         def frozen(parameter: nn.Parameter) -> nn.Parameter:
             alias = parameter.detach()
             return nn.Parameter(alias.clone() if id(parameter) in writers else alias, requires_grad=False)
 
-        return Structure(replica(module, frozen, clone))
+        return Structure(*replica(modules, frozen, clone))
 
     def copy(self, buffer_of: Callable[[Tensor], Tensor] = _same) -> Structure:
         """Another private copy, with the same parameters.
@@ -80,11 +99,24 @@ class Structure:
         Args:
             buffer_of: what the copy holds for a buffer; by default the very same one.
         """
-        return Structure(replica(self.module, _same, buffer_of))
+        return Structure(*replica(walk(self.module), _same, buffer_of))
+
+    def holding(self, buffers: Mapping[str, Buffers]) -> Structure:
+        """Another private copy, with the same parameters and with these buffers in the places of its own."""
+        mine = named(buffers)
+        given = {id(tensor): mine[name] for name, tensor in named(self.held()).items()}
+        made = self.copy(lambda buffer: given[id(buffer)])
+        made.hold(buffers)
+        return made
+
+    def hold(self, buffers: Mapping[str, Buffers]) -> None:
+        """Put these buffers, in these very dictionaries, in the places of its own."""
+        for name, (tensors, passing) in buffers.items():
+            vars(self.modules[name]).update(_buffers=tensors, _non_persistent_buffers_set=passing)
 
     def detached(self, parameter_of: Callable[[Any], Tensor] = _same) -> nn.Module:
         """A module that shares nothing with this copy but what `parameter_of` makes of each parameter."""
-        return replica(self.module, parameter_of, clone)
+        return replica(walk(self.module), parameter_of, clone).root
 
     def tensor(self, name: str) -> nn.Parameter:
         """What stands in a parameter's place."""
@@ -106,10 +138,54 @@ class Structure:
                 if buffer is not None:
                     yield join(module_name, attribute), attribute, module, buffer
 
-    @property
-    def buffer_names(self) -> set[str]:
-        """The dotted names of all buffers."""
-        return {name for name, *_ in self.buffers()}
+    def held(self) -> dict[str, Buffers]:
+        """The buffers, in the very dictionaries that hold them, by the first dotted name of their module."""
+        return {
+            name: Buffers(module._buffers, module._non_persistent_buffers_set)
+            for name, module in self.modules.items()
+            if module._buffers
+        }
+
+
+def copied(held: Mapping[str, Buffers], source: Mapping[str, Tensor] | None = None) -> dict[str, Buffers]:
+    """Copies of buffers, in dictionaries of their own; what one tensor was, one tensor is again.
+
+    Args:
+        held: the buffers, as `Structure.held` gives them.
+        source: values for some of them, by global names; the copies have the element type and device of `held` still.
+    """
+    made: dict[str, Buffers] = {}
+    known: dict[int, Tensor] = {}
+    for module_name, (tensors, passing) in held.items():
+        own: dict[str, Tensor | None] = {}
+        for attribute, tensor in tensors.items():
+            own[attribute] = None
+            if tensor is not None:
+                origin = tensor if source is None else source.get(join(module_name, attribute), tensor)
+                if id(origin) not in known:
+                    known[id(origin)] = clone(origin.to(tensor))
+                own[attribute] = known[id(origin)]
+        made[module_name] = Buffers(own, set(passing))
+    return made
+
+
+def named(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
+    """Buffers by their global names."""
+    return {
+        join(module_name, attribute): tensor
+        for module_name, (tensors, _) in held.items()
+        for attribute, tensor in tensors.items()
+        if tensor is not None
+    }
+
+
+def kept(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
+    """The persistent buffers, by their global names."""
+    return {
+        join(module_name, attribute): tensor
+        for module_name, buffers in held.items()
+        for attribute, tensor in buffers.kept().items()
+    }
 
 
 def join(module_name: str, attribute: str) -> str:
@@ -118,22 +194,25 @@ def join(module_name: str, attribute: str) -> str:
 
 
 def _refuse(modules: Mapping[str, nn.Module]) -> None:
+    scripted = {kind for kind in {type(child) for child in modules.values()} if issubclass(kind, torch.jit.ScriptModule)}
     for name, child in modules.items():
-        if isinstance(child, torch.jit.ScriptModule):
+        if type(child) in scripted:
             raise AdaptError(
                 f"{name or 'the model'} is a scripted module, whose weights cannot be exchanged. Adapt the Python module "
                 "it was made from, and script merge()'s result."
             )
         for attribute, parameter in child._parameters.items():
-            if parameter is not None and is_lazy(parameter):
+            if type(parameter) is not nn.Parameter and parameter is not None and is_lazy(parameter):
                 raise AdaptError(
                     f"{join(name, attribute)} of {type(child).__name__} is not initialised yet, so it has no shape. Run "
                     "the model once on a real input, then adapt it."
                 )
 
 
-def _written_by(module: nn.Module) -> list[Tensor]:
-    """The parameters that a module writes to in its own forward."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-        return [module.weight]
-    return []
+def _written_by(modules: Iterable[nn.Module]) -> set[int]:
+    """The parameters, by identity, that modules write to in their own forward."""
+    return {
+        id(module.weight)
+        for module in modules
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    }

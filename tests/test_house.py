@@ -11,12 +11,12 @@ import gift_func
 
 ROOT = Path(gift_func.__file__).parent
 FLOORS = [
-    ["errors", "weights._torch"],
+    ["errors", "reading", "weights._torch"],
     ["weights.names", "weights.value"],
-    ["weights.gain", "weights.stacked_linear"],
+    ["weights.convolution", "weights.gain", "weights.stacked_linear"],
     ["weights.mixed_linear"],
     ["weights.stacked_attention"],
-    ["weights.fused_linear"],
+    ["weights.fused_linear", "weights.fusing", "weights.shared_linear", "weights.turned_linear"],
     ["weights.call", "weights.circulant", "weights.fourier", "weights.low_rank", "weights.mixing",
      "weights.output_dropout", "weights.reshaped", "weights.rotated", "weights.scaled", "weights.shared",
      "weights.scattered", "weights.spectral"],
@@ -45,7 +45,7 @@ FLOORS = [
     ["methods"],
     ["fused"],
     ["base"],
-    ["strategy", "adapter", "show"],
+    ["strategy", "adapter", "private", "show"],
     ["body", "surgery"],
     ["adapted", "initial"],
     ["adapt", "factories", "functional"],

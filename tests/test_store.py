@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import gift_func as gf
 from gift_func.many.stores import folder
 from gift_func.many.stores.reading import Read, Reader
-from gift_func.replica import replica
+from gift_func.replica import Replica, replica
 
 SMALL = gf.LoRA(rank=2, init="random")
 
@@ -512,7 +512,7 @@ def test_neither_loading_nor_calling_copies_the_network(tmp_path: Path, monkeypa
     store = gf.AdapterStore(model, tmp_path, budget=0)
     store(x, adapters=["a0", "a1", None])  # looks up the strategy
 
-    def counted(*given: Any) -> nn.Module:
+    def counted(*given: Any) -> Replica:
         count[0] += 1
         return replica(*given)
 
@@ -521,8 +521,9 @@ def test_neither_loading_nor_calling_copies_the_network(tmp_path: Path, monkeypa
         store(x, adapters=[f"a{i}", None, f"a{i + 1}"])
         store(x, adapters=[f"a{i}"] * 3)
         store(x, adapters=[None] * 3)
+    one = store["a0"]
     assert count == [0]
-    store["a0"]
+    one(x)
     assert count == [1]
 
 

@@ -101,7 +101,7 @@ def share(models: Sequence[AdaptedModel]) -> tuple[Recipe, dict[str, nn.Paramete
     for index, model in enumerate(models):
         for part in model.parts:
             at.setdefault(part.name, [None] * len(models))[index] = part
-    order = {name: position for position, name in enumerate(models[0]._body.structure.places)}
+    order = {name: position for position, name in enumerate(models[0]._body.outline.places)}
     stacked: dict[str, nn.Parameter] = {}
     once: set[str] = set()
     gains: dict[str, Tensor] = {}

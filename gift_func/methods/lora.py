@@ -17,7 +17,7 @@ from .factored import LowRankMethod
 from .full import Full
 from .layout import Conv, Layout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
-from .method import FrozenMap, Method, check_choice, check_dropout, check_whole, option, settings, settled
+from .method import FrozenMap, Method, by_shape, check_choice, check_dropout, check_whole, option, settings, settled
 
 
 @settings
@@ -109,6 +109,7 @@ class LoRA(LowRankMethod):
         bias = site.param_name.replace("weight", "bias")
         return {bias: Full()} if self.train_bias and bias != site.param_name else {}
 
+    @by_shape
     def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         b, a = first_factors(self, site.parameter, generator)
         start = {"lora_B0": b.clone(), "lora_A0": a.clone()} if self.initialization.startswith(RESIDUAL) else {}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
@@ -20,6 +19,7 @@ from ..weights import Weight
 
 Kind = TypeVar("Kind", bound="Method")
 Value = TypeVar("Value")
+Init = TypeVar("Init", bound=Callable[..., dict[str, Tensor]])
 
 
 class Method(ABC):
@@ -169,10 +169,23 @@ class Method(ABC):
 
     def but(self, **changes: Any) -> Self:
         """The same method with some fields changed."""
-        made = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(made, name, value)
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), **changes)
         return made
+
+
+def by_shape(init: Init) -> Init:
+    """Mark an `init` whose tensors' names, shapes and types follow from the method and the parameter's shape and type alone.
+
+    Where no values are wanted, places that are alike are then asked about once.
+    """
+    vars(init)["by_shape"] = True
+    return init
+
+
+def is_by_shape(method: Method) -> bool:
+    """Whether the method's `init` is marked so; another one that a subclass defines is not."""
+    return getattr(type(method).init, "by_shape", False)
 
 
 def option(*, default: Any, alias: str) -> Any:

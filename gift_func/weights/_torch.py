@@ -2,12 +2,14 @@
 
 - `_top_saved_tensors_default_hooks`: a non-reentrant checkpoint shows itself only by the
   saved-tensor hooks that it pushes; there is no public way to ask for the hooks in force.
-- `is_functorch_wrapped_tensor`: torch's fused inference kernels have no batching rule, so under
-  a `torch.func` transform they must not be taken; there is no public way to ask.
+- `is_functorch_wrapped_tensor`, `is_legacy_batchedtensor`: torch's fused inference kernels and what writes to `out=` have
+  no batching rule, so under a `torch.func` transform, or in `torch.autograd.grad(..., is_grads_batched=True)`, they must
+  not be taken; there is no public way to ask.
 - `get_unwrapped`: how much work an operation is depends on the batch that `torch.vmap` hides.
 - `is_batchedtensor`, `maybe_get_bdim`, `maybe_get_level`: a decision by values can be taken for a whole ensemble where its
   members agree, and attention be run as one batch; there is no public way to see a batch that `torch.vmap` hides.
 - `temporarily_clear_interpreter_stack`: what is made inside of a transform cannot be kept for the time after it.
+- `_disable_current_modes`: nor can what is made under a mode such as that of fake tensors.
 - `temporarily_pop_interpreter_stack`, `_add_batch_dim`: an `autograd.Function` costs 200 microseconds more inside of a
   `torch.vmap` than outside; where that is the only transform, its rule can be run outside.
 - `CheckpointFunction`: a reentrant checkpoint whose inputs need no gradient loses the gradients of
@@ -24,6 +26,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 
@@ -34,8 +37,9 @@ def saved_tensor_hooks() -> object:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether the tensor belongs to a `torch.func` transform (vmap, grad, jvp, ...) under way."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    """Whether the tensor belongs to a `torch.func` transform (vmap, grad, jvp, ...) under way, or is batched by autograd."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
 def whole_numel(tensor: Tensor) -> int:
@@ -80,6 +84,13 @@ def below_vmap() -> Iterator[None]:
 def lasting_outside() -> Iterator[None]:
     """Outside of every `torch.func` transform and of inference mode: what is made of plain tensors here may be kept."""
     with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+        yield
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Outside of every `TorchDispatchMode`: what is made here is real."""
+    with _disable_current_modes():
         yield
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdaptError
+from .convolution import Conv, split, splits, splitting_pays
 from .fused_linear import low_rank_linear
 from .value import Convolution, Dense, Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
 
@@ -73,11 +74,24 @@ class LowRank(OnBase):
         return add_scaled(self.base.linear(x, bias), change, self.scale)
 
     def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
-        # Forming the kernel is the cheap way: it is small, the activations are not.
-        if not self.dropout:
+        two = self.in_two(x, conv)
+        if two is None and not self.dropout:
             return super().convolve(x, conv, bias)
-        change = conv(F.dropout(x, self.dropout), self._change().to(x.dtype), None)
-        return add_scaled(self.base.convolve(x, conv, bias), change, self.scale)
+        y = self.base.convolve(x, conv, bias)
+        thin = F.dropout(x, self.dropout) if self.dropout else x
+        if two is None:
+            return add_scaled(y, conv(thin, self._change().to(x.dtype), None), self.scale)
+        left, right = self.left, self.right
+        if thin.dtype != right.dtype and not autocasts(x):
+            thin = thin.to(right.dtype)
+        return add_scaled(y, split(two, thin, self.shape, left * self.scale, right), 1.0)
+
+    def in_two(self, x: Tensor, conv: Convolution) -> Conv | None:
+        """The convolution, if the change had better be a thin one and another point by point than a kernel."""
+        left, right = self.left, self.right
+        if splits(conv, x, self.shape, left, right) and (self.dropout or splitting_pays(self.shape, left, right)):
+            return conv
+        return None
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if not self._is_matrix:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .gain import gained
 from .low_rank import LowRank
 from .value import Convolution, Index, OnBase, Weight, add_scaled, dense_linear
 
@@ -18,7 +19,7 @@ class Magnitude(OnBase):
     Args:
         base: V.
         magnitude: m, as many elements as there are norms.
-        squares: |W|², the sums of W's squares over that dimension; None for a kernel, which is formed to be used anyway.
+        squares: |W|², the sums of W's squares over that dimension; None for a kernel, which is formed.
         over: -1 for a norm of each row, -2 for one of each column.
         detach: whether ‖V‖ counts as a constant in backward.
     """
@@ -49,12 +50,12 @@ class Magnitude(OnBase):
             weight, left, right = weight.mT, right.mT, left.mT
         across = weight.linear(right.to(weight.dtype)).mT  # W·Aᵀ, through the base's own structure
         left, right, across = (t.to(self.squares.dtype) for t in (left, right, across))
-        # |W + s·B·A|² = |W|² + 2s·⟨W·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩ in every row.
-        gram: Tensor = ((left @ (right @ right.mT)) * left).sum(-1) * v.scale**2
-        total = self.squares + 2 * v.scale * (across * left).sum(-1) + gram
+        # |W + s·B·A|² = |W|² + ⟨W·Aᵀ + D·(A·Aᵀ)/4, D⟩ in every row, with D = 2s·B.
+        double = left * (2 * v.scale)
+        total = self.squares + (add_scaled(across, double @ (right @ right.mT), 0.25) * double).sum(-1)
         # Where V all but vanishes its square is a difference as small as rounding: take no less than that, nor nothing.
         limits = torch.finfo(total.dtype)
-        return torch.maximum(total, ((self.squares + gram) * limits.eps).clamp_min(limits.tiny)).sqrt()
+        return torch.maximum(total, (self.squares * limits.eps).clamp_min(limits.tiny)).sqrt()
 
     def _gain(self) -> Tensor:
         """m / ‖V‖, 0 where both are: V is."""
@@ -85,14 +86,16 @@ class Magnitude(OnBase):
             return w.linear(x, bias) + _scaled(add_scaled(plain, change, v.scale), gain) - plain
         if self.over == -2:
             return v.linear(_scaled(x, gain), bias)
-        y = _scaled(v.linear(x), gain)
-        return y if bias is None else y + bias.to(y.dtype)  # autocast leaves the bias wide
+        return gained(v.linear(x), gain, bias)
 
     def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
-        w, dropout = self.base.base, self.base.dropout
-        if not dropout:
+        v, w = self.base, self.base.base
+        if v.dropout:
+            return w.convolve(x, conv, bias) + conv(F.dropout(x, v.dropout), self.eval().dense() - w.dense(), None)
+        if v.in_two(x, conv) is None:
             return super().convolve(x, conv, bias)
-        return w.convolve(x, conv, bias) + conv(F.dropout(x, dropout), self.eval().dense() - w.dense(), None)
+        gain = self._gain().reshape(-1, *[1] * (self.ndim - 2))
+        return gained(v.convolve(x, conv), gain, None if bias is None else bias.reshape(gain.shape))
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.over == -1:

@@ -1,10 +1,11 @@
-"""A training step on MiniLM, every linear layer adapted: forward, backward and plain SGD."""
+"""A training step, forward, backward and plain SGD: on MiniLM, every linear layer adapted, or on a stack of convolutions."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from functools import cache
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -35,21 +36,29 @@ METHODS: dict[str, Any] = {
     "SHiRA": gf.SHiRA(rank=8),
     "LN tuning": {gf.select.type_(nn.LayerNorm): gf.NormTuning()},
 }
+# LoRA on all convolutions of so many channels: narrow ones form their kernels, wide ones do not.
+CHANNELS = {"LoRA, 64 channels": 64, "LoRA, 256 channels": 256}
+METHODS |= {name: {gf.select.type_(nn.Conv2d): gf.LoRA(rank=8)} for name in CHANNELS}
 
 # The noise on the trained tensors, where products of small numbers would hardly change the output.
-NOISE = {"AdaLoRA": 0.1, "HiRA": 0.1, "C3A": 0.1}
+NOISE = {"AdaLoRA": 0.1, "HiRA": 0.1, "C3A": 0.1, **dict.fromkeys(CHANNELS, 0.1)}
 TARGETS = {"LoRA": {"ours/PEFT": 0.83, "ours/floor": 1.08}, "DoRA": {"ours/PEFT": 0.6}}
 
 
 def step(method: str, scale: Scale) -> Case:
     """A training step by one method."""
-    model, tokens = mini_lm(), ids(8, 128) if scale.full else ids(2, 32)
+    if method in CHANNELS:
+        model, tokens = convolutions(CHANNELS[method]), images(8, 16 if scale.full else 4)
+        least, unit = carrying(model, "0"), "inputs"
+    else:
+        model, tokens = mini_lm(), ids(8, 128) if scale.full else ids(2, 32)
+        least, unit = floor(), "tokens"
     chosen = METHODS[method]
     strategy = chosen if isinstance(chosen, dict) else {LINEARS: chosen}
     ours, theirs = pair(model, strategy, lambda m: outputs(m, tokens), NOISE.get(method, 0.02))
     check_gradients(ours, theirs, lambda m: backward(m, tokens, cotangents_of(m, tokens)))
-    calls = {"ours": training(ours, tokens), "PEFT": training(theirs, tokens), "floor": training(floor(), tokens)}
-    return Case(calls, facts={"trained": trained(ours), "tokens": tokens.numel()}, targets=TARGETS.get(method, {}))
+    calls = {"ours": training(ours, tokens), "PEFT": training(theirs, tokens), "floor": training(least, tokens)}
+    return Case(calls, facts={"trained": trained(ours), unit: tokens.numel()}, targets=TARGETS.get(method, {}))
 
 
 def training(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
@@ -79,6 +88,8 @@ def cotangents_of(model: nn.Module, tokens: Tensor) -> list[Tensor]:
 
 
 def outputs(model: nn.Module, tokens: Tensor) -> list[Tensor]:
+    if tokens.is_floating_point():
+        return [model(tokens)]
     found = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     return [found.last_hidden_state, found.pooler_output]
 
@@ -87,10 +98,29 @@ def ids(sentences: int, length: int) -> Tensor:
     return torch.randint(1000, 30000, (sentences, length), generator=torch.Generator().manual_seed(3))
 
 
+def images(count: int, side: int) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+@cache
+def convolutions(channels: int) -> nn.Module:
+    """Four convolutions of 3×3 with ReLUs, frozen, in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        widths = [3, *[channels] * 4]
+        layers = [(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in pairwise(widths)]
+        return nn.Sequential(*chain(*layers)).requires_grad_(False).train()
+
+
 @cache
 def floor() -> nn.Module:
     """The frozen model whose backward carries gradients to what the embeddings give, and to nothing else."""
-    model = copy.deepcopy(mini_lm())
-    embeddings = model.get_submodule("embeddings")
-    embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_() if torch.is_grad_enabled() else None)
+    return carrying(mini_lm(), "embeddings")
+
+
+def carrying(model: nn.Module, name: str) -> nn.Module:
+    """The frozen model whose backward carries gradients to what one of its modules gives, and to nothing else."""
+    model = copy.deepcopy(model)
+    first = model.get_submodule(name)
+    first.register_forward_hook(lambda _module, _args, out: out.requires_grad_() if torch.is_grad_enabled() else None)
     return model

@@ -15,7 +15,7 @@ from ...adapted import AdaptedModel, kept_buffers
 from ...base import FrozenBase
 from ...body import Part
 from ...strategy import Strategy
-from ...structure import Structure, clone
+from ...structure import Structure, clone, copied
 from ...weights import Dense, Weight
 from ...weights._torch import is_transformed, lasting_outside
 
@@ -49,7 +49,7 @@ class Entry:
         body = model._body
         state = model.adapter_state_dict()
         buffers = {name: clone(tensor) for name, tensor in state.items() if name not in model.adapter}
-        own = own_modules(body.structure, body.base.structure)
+        own = body.is_made and own_modules(body.structure, body.base.structure)
         tensors = dict(model.adapter.items())
         return Entry(body.base, model.parts, model.strategy, tensors, buffers, body.structure.copy(clone) if own else None)
 
@@ -137,28 +137,26 @@ class Entry:
         leaves = [leaf for weight in weights.values() for leaf in weight.leaves()]
         return any(leaf.grad_fn is not None and leaf.untyped_storage().data_ptr() not in known for leaf in leaves)
 
-    def model(self, structure: Structure) -> AdaptedModel:
-        """The adapter as a model of its own, by the very same tensors.
-
-        Args:
-            structure: a private copy of the base's structure, which the model takes.
-        """
+    def model(self) -> AdaptedModel:
+        """The adapter as a model of its own, by the very same tensors."""
+        structure = None
         if self.structure is not None:
             structure = Structure(self.structure.detached())
             own = {part.name for part in self.parts}
             for name in structure.places:
                 if name in self.base.tensors and name not in own:
                     structure.bind(name, self.base.tensors[name])
+        held = copied(self.base.structure.held()) if structure is None else structure.held()
         for name, buffer in self.buffers.items():
             module_name, _, attribute = name.rpartition(".")
-            structure.modules[module_name]._buffers[attribute] = buffer
+            held[module_name].tensors[attribute] = buffer
         tensors = {
             name: tensor
             if isinstance(tensor, nn.Parameter)
             else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
             for name, tensor in self.tensors.items()
         }
-        return AdaptedModel(self.base, structure, self.parts, tensors, self.strategy)
+        return AdaptedModel(self.base, structure, self.parts, tensors, self.strategy, held)
 
 
 def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> list[Entry]:

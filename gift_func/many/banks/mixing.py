@@ -62,7 +62,7 @@ class Network:
         """An adapter as a model of its own."""
         if self.statistics is not None:
             entry.keep_statistics()
-        return entry.model(self.body.structure.copy(clone)).train(self.training)
+        return entry.model().train(self.training)
 
     def gathered(self, models: Sequence[AdaptedModel]) -> Gathered:
         """What runs a batch by indices of these adapters in a compiled function."""

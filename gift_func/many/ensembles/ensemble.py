@@ -16,13 +16,14 @@ from ...base import BaseView, FrozenBase
 from ...body import Body
 from ...errors import AdaptError
 from ...show import tree
-from ...structure import Structure, clone
+from ...structure import Buffers, Structure, clone, copied, named
 from ...surgery import seeded
 from ..banks.members import Members
 from ..recipe import Recipe
 from .running import CannotBatchError, Member, batched, one_by_one, without_rule
 
 Tensors = Mapping[str, Tensor]
+Parameters = Mapping[str, nn.Parameter]
 Randomness = Literal["different", "same"]
 
 
@@ -48,27 +49,27 @@ class Ensemble(nn.Module):
     adapter: AdapterDict
 
     def __init__(
-        self, base: FrozenBase, structure: Structure, recipe: Recipe, tensors: Mapping[str, nn.Parameter], buffers: Tensors
+        self, base: FrozenBase, structure: Structure | None, recipe: Recipe, tensors: Parameters, buffers: Tensors
     ) -> None:
         super().__init__()
         self.recipe = recipe
         self.chunk_size: int | None = None
         self.randomness: Randomness = "different"
         self.generator: torch.Generator | None = None
-        self._unbatchable = without_rule(structure)
+        self._unbatchable = without_rule(structure or base.structure)
         self._reasons: dict[tuple[bool, bool, bool], str] = {}
         self.fallback = self._unbatchable
+        self._body = Body(base, structure, recipe.parts)
         for name, stacked in buffers.items():
             module_name, _, attribute = name.rpartition(".")
-            structure.modules[module_name]._buffers[attribute] = stacked
-        self._body = Body(base, structure, recipe.parts)
+            self._body.buffers[module_name].tensors[attribute] = stacked
         self._body.rest_on_base()
         self._state = tuple(buffers)
         self._alike: dict[str, tuple[Tensor, int, bool]] = {}
         self._view: BaseView | None = None
         self._members: Members | None = None
-        self.training = structure.module.training
-        self.adapter = AdapterDict(tensors, structure)
+        self.training = self._body.training
+        self.adapter = AdapterDict(tensors, self._body.buffers)
 
     # --- calls
 
@@ -126,7 +127,7 @@ class Ensemble(nn.Module):
     @property
     def buffer_names(self) -> set[str]:
         """The dotted names of the network's buffers."""
-        return self._body.structure.buffer_names
+        return set(named(self._body.buffers))
 
     def _call(
         self, tensors: Tensors, buffers: Tensors | None, args: tuple[Any, ...], kwargs: dict[str, Any], mapped: bool
@@ -134,7 +135,7 @@ class Ensemble(nn.Module):
         leaves, spec = tree_flatten((args, kwargs))
         if mapped:
             self._check_mapped(leaves)
-        writes = buffers is None and self._body.module.training
+        writes = buffers is None and self._body.training
         state, fixed = self._states(buffers or {})
         once = {name: tensors[name] for name in self.recipe.once}
         own = {name: tensor for name, tensor in tensors.items() if name not in self.recipe.once}
@@ -161,7 +162,7 @@ class Ensemble(nn.Module):
         if torch.compiler.is_compiling() and self._unbatchable is None:
             return batched(member, stacks, leaves, mapped, self.randomness, len(self), self.chunk_size)
         # What cannot be batched in one mode may be in another: a checkpoint is there in training only.
-        kind = mapped, self._body.module.training, torch.is_grad_enabled()
+        kind = mapped, self._body.training, torch.is_grad_enabled()
         reason = self._unbatchable or self._reasons.get(kind)
         if reason is None:
             try:
@@ -191,7 +192,7 @@ class Ensemble(nn.Module):
         state, fixed = {}, {}
         for name in self._state:
             buffer = given.get(name, self._buffer(name))
-            if name in given or self._body.module.training or not self._is_alike(name, buffer):
+            if name in given or self._body.training or not self._is_alike(name, buffer):
                 state[name] = buffer.detach().clone() if name not in given else buffer
             else:
                 fixed[name] = buffer[0]
@@ -207,7 +208,7 @@ class Ensemble(nn.Module):
 
     def _buffer(self, name: str) -> Tensor:
         module_name, _, attribute = name.rpartition(".")
-        found: Tensor | None = self._body.structure.modules[module_name]._buffers[attribute]
+        found = self._body.buffers[module_name].tensors[attribute]
         assert found is not None
         return found
 
@@ -264,23 +265,23 @@ class Ensemble(nn.Module):
 
     def _member(self, index: int) -> AdaptedModel:
         member = self.recipe.members[index]
-        structure = self._plain_structure()
-        for name in self._state:
-            module_name, _, attribute = name.rpartition(".")
-            structure.modules[module_name]._buffers[attribute] = clone(self._buffer(name)[index])
+        held = copied(self._body.buffers, {name: self._buffer(name)[index] for name in self._state})
         tensors = {}
         for name, shape in member.shapes.items():
             tensor = self.adapter[name]
             share = tensor.detach() if name in self.recipe.once else tensor.detach()[index]
             cut = share[tuple(slice(n) for n in shape)].clone()
             tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-        return AdaptedModel(self._body.base, structure, member.parts, tensors, member.strategy)
+        body, structure = self._body, self._structure(held)
+        return body.in_mode(AdaptedModel(body.base, structure, member.parts, tensors, member.strategy, held))
 
-    def _plain_structure(self) -> Structure:
-        return Structure(self._body.structure.detached())
+    def _structure(self, held: Mapping[str, Buffers]) -> Structure | None:
+        """A copy of the structure, or None where that is the base's: nobody but the ensemble has its own in hand."""
+        return None if self._body.pristine else self._body.structure.holding(held)
 
-    def _like(self, recipe: Recipe, tensors: Mapping[str, nn.Parameter], buffers: Tensors) -> Ensemble:
-        made = Ensemble(self._body.base, self._plain_structure(), recipe, tensors, buffers)
+    def _like(self, recipe: Recipe, tensors: Parameters, buffers: Tensors) -> Ensemble:
+        body, structure = self._body, self._structure(copied(self._body.buffers))
+        made = body.in_mode(Ensemble(body.base, structure, recipe, tensors, buffers))
         made.chunk_size, made.randomness, made.generator = self.chunk_size, self.randomness, self.generator
         return made
 
@@ -306,7 +307,7 @@ class Ensemble(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training mode for all members; the user's model is not touched."""
         super().train(mode)
-        self._body.module.train(mode)
+        self._body.train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -326,13 +327,13 @@ class Ensemble(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         buffers = {name: self._buffer(name) for name in self._state}
         options = (self.chunk_size, self.randomness)
-        structure = self._plain_structure()
+        structure = Structure(self._body.structure.detached())
         return _restore, (self._body.base, structure.module, self.recipe, dict(self.adapter.items()), buffers, options)
 
     def __repr__(self) -> str:
         methods = {part.name: part.method for part in self.recipe.parts}
         how = "at once" if self.fallback is None else f"one after another: {self.fallback}"
-        return f"Ensemble of {len(self)}, run {how}\n{tree(self._body.structure, methods)}"
+        return f"Ensemble of {len(self)}, run {how}\n{tree(self._body.outline, methods)}"
 
 
 def _restore(

@@ -12,7 +12,7 @@ from ...adapt import adapt, base_of
 from ...adapted import AdaptedModel
 from ...base import FrozenBase
 from ...errors import AdaptError
-from ...structure import Structure
+from ...structure import Structure, kept
 from ..recipe import share
 from .ensemble import Ensemble, Randomness
 
@@ -57,12 +57,16 @@ def stack(
             raise TypeError(f"stack takes adapted models, and item {index} is a {type(member).__name__}; adapt() makes one")
         _check_alike(members[0], member, index)
     recipe, tensors = share(members)
-    first = members[0]._body.structure
-    structure = Structure(first.detached())
-    buffers = {}
-    for name in _kept(first):
-        buffers[name] = torch.stack([_buffer(member._body.structure, name).detach() for member in members])
-    made = Ensemble(members[0]._body.base, structure, recipe, tensors, buffers)
+    first = members[0]._body
+    buffers: dict[str, list[Tensor]] = {name: [] for name in kept(first.buffers)}
+    for member in members:
+        own = kept(member._body.buffers)
+        for name, stacked in buffers.items():
+            stacked.append(own[name].detach())
+    structure = Structure(first.structure.detached()) if first.is_made else None
+    made = Ensemble(first.base, structure, recipe, tensors, {name: torch.stack(rows) for name, rows in buffers.items()})
+    for mode in first.modes if structure is None else ():
+        made.train(mode)
     made.chunk_size, made.randomness, made.generator = chunk_size, randomness, generator
     return made
 
@@ -110,15 +114,17 @@ def _check_alike(first: AdaptedModel, member: AdaptedModel, index: int) -> None:
         raise AdaptError(
             f"member {index} was adapted from another model than member 0. Adapt all of one, whose tensors they then share."
         )
-    kinds, others = ({name: type(module) for name, module in body.structure.modules.items()} for body in (ours, theirs))
+    if ours.base is theirs.base and not ours.is_made and not theirs.is_made and ours.modes == theirs.modes:
+        return
+    kinds, others = ({name: type(module) for name, module in body.outline.modules.items()} for body in (ours, theirs))
     for name in kinds.keys() | others.keys():
         if kinds.get(name) is not others.get(name):
             raise AdaptError(
                 f"member {index} cannot share a stack with member 0: {name or 'the model'} is "
                 f"{_called(kinds.get(name))} in one and {_called(others.get(name))} in the other"
             )
-    for name, module in ours.structure.modules.items():
-        if module.training != theirs.structure.modules[name].training:
+    for name in kinds:
+        if ours.trains(name) != theirs.trains(name):
             raise AdaptError(
                 f"member {index} cannot share a stack with member 0: {name or 'the model'} is in training mode in one of them "
                 "only. Call train() or eval() on both."
@@ -127,15 +133,3 @@ def _check_alike(first: AdaptedModel, member: AdaptedModel, index: int) -> None:
 
 def _called(kind: type | None) -> str:
     return "missing" if kind is None else f"a {kind.__name__}"
-
-
-def _kept(structure: Structure) -> list[str]:
-    """The persistent buffers: what a network keeps of what it saw. Others are constants."""
-    return [name for name, attribute, module, _ in structure.buffers() if attribute not in module._non_persistent_buffers_set]
-
-
-def _buffer(structure: Structure, name: str) -> Tensor:
-    module_name, _, attribute = name.rpartition(".")
-    found: Tensor | None = structure.modules[module_name]._buffers[attribute]
-    assert found is not None
-    return found

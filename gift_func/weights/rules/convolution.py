@@ -8,27 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..convolution import Conv
 from ..slot import Slot, dense_of, rule
 
 
-def _convolution(function: Callable[..., Tensor]) -> None:
+def _convolution(function: Callable[..., Tensor], transposed: bool) -> None:
     @rule(function)
     def convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, Slot):
             return NotImplemented
-
-        def conv(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return function(x, w, b, *args, **kwargs)
-
-        return weight.weight.convolve(dense_of(input), conv, dense_of(bias))
+        return weight.weight.convolve(dense_of(input), Conv(function, args, kwargs, transposed), dense_of(bias))
 
 
-for _function in (
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-):
-    _convolution(_function)
+for _plain in (torch.conv1d, torch.conv2d, torch.conv3d):
+    _convolution(_plain, transposed=False)
+for _transposed in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
+    _convolution(_transposed, transposed=True)
