@@ -111,13 +111,14 @@ class OFT(MatrixMethod):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         names = ("oft_blocks", "oft_embedding_R", "oft_R")
         raw = next(tensors[name] for name in names if name in tensors)
+        turned = partial(Blocks, raw=raw, make=self.blocks, size=self.size, dropout=self.dropout, orthogonal=self._is_exact)
         if self.view == "lookup":  # rows are looked up and then turned, as a layer's outputs are
-            rows = Blocks(base.mT, raw, self.blocks, self.size, "output", dropout=self.dropout).mT
+            rows = turned(base.mT, side="output").mT
             return Scaled(rows, tensors["rescale"].mT, "input") if self.rescale else rows
 
         def change(matrix: Weight) -> Weight:
-            turned = Blocks(matrix, raw, self.blocks, self.size, self.side, dropout=self.dropout)
-            return Scaled(turned, tensors["rescale"].view(*turned.shape[:-1], 1), "output") if self.rescale else turned
+            made = turned(matrix, side=self.side)
+            return Scaled(made, tensors["rescale"].view(*made.shape[:-1], 1), "output") if self.rescale else made
 
         return on_matrix(base, self.view, change)
 
@@ -130,8 +131,11 @@ class OFT(MatrixMethod):
         if self.coft:
             bound = self.eps * self.size * self.count if self.side == "output" else self.eps / sqrt(q.shape[-3])
             q = q * (bound / torch.linalg.vector_norm(q, dim=axes, keepdim=True).clamp(min=bound))
-        exact = self.side == "output" or not self.neumann
-        return (cayley(q) if exact else neumann(q, self.neumann)).unsqueeze(-4)
+        return (cayley(q) if self._is_exact else neumann(q, self.neumann)).unsqueeze(-4)
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.side == "output" or not self.neumann
 
     def _width(self, shape: torch.Size) -> int:
         """How many features are turned."""

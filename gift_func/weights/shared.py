@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdaptError
-from .value import Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
+from .fusing import fuses
+from .shared_linear import is_worth, shared_linear
+from .value import Dense, Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
 
 
 class SharedShards(OnBase):
@@ -49,12 +51,15 @@ class SharedShards(OnBase):
         tokens = prod(x.shape[:-1])
         if not torch.is_grad_enabled() and not self.dropout and tokens * (columns + rank * width) > 8 * rows * columns:
             return dense_linear(x, self.dense(), bias)
+        worth = not self.dropout and is_worth(tokens, rows, columns)
+        if worth and isinstance(self.base, Dense) and fuses(x, self.base.tensor, bias, self.block):
+            return shared_linear(x, self.base.tensor, bias, self.block)
         thin = F.dropout(x, self.dropout) if self.dropout else x
         if thin.dtype != self.block.dtype and not autocasts(x):
             thin = thin.to(self.block.dtype)
         thin = F.pad(thin, (0, -columns % rank)) if columns % rank else thin
         shards = thin.unflatten(-1, (-1, rank)).sum(-2)
-        change = dense_linear(shards, self.block.mT, None)
+        change = shards @ self.block
         if width < rows:
             change = change.repeat(*[1] * (change.ndim - 1), rows // width)
         return add_scaled(self.base.linear(x, bias), change, 1.0)
