@@ -19,7 +19,8 @@ from .errors import AdaptError
 from .initial import Initial
 from .methods import DoRA, LoRA, Method
 from .methods.matrix import CONVOLUTIONS, HF_CONV1D
-from .methods.method import FrozenMap, is_a
+from .methods.method import is_a
+from .methods.settings import FrozenMap
 from .select import Regex
 from .strategy import Placement, Strategy
 

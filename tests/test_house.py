@@ -35,6 +35,7 @@ FLOORS = [
     ["many.following.rows"],
     ["replica"],
     ["structure", "select", "snapshot"],
+    ["methods.settings"],
     ["methods.method"],
     ["methods.full", "methods.graft", "methods.matrix", "methods.rank_allocation"],
     ["methods.layout"],

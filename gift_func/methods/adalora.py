@@ -13,13 +13,13 @@ from ..select import Site
 from ..weights import Triple, Weight
 from .factored import LowRankMethod
 from .layout import Layout, matrix_of, rank_axes
-from .method import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 from .rank_allocation import Importance as Importance
 from .rank_allocation import allocate as allocate
 from .rank_allocation import budget_at as budget_at
 from .rank_allocation import importance as importance
 from .rank_allocation import orthogonality_loss as orthogonality_loss
 from .rank_allocation import triplet_scores as triplet_scores
+from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 
 @settings

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import AdaptError
 from .graft import Graft, Scion
 from .matrix import HF_CONV1D
-from .method import check_choice, check_dropout, check_whole, is_a
+from .method import is_a
+from .settings import check_choice, check_dropout, check_whole
 
 Nonlinearity = Literal["relu", "gelu", "silu", "tanh"]
 FUNCTIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Circulant, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import FrozenMap, check_choice, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_whole, option, settings, settled
 
 Init = Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"]
 

@@ -13,7 +13,7 @@ from ..select import Site
 from ..weights import Dense, Magnitude, Weight
 from .lora import LoRA
 from .matrix import view_of
-from .method import settings, settled
+from .settings import settings, settled
 
 
 @settings

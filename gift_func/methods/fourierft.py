@@ -12,7 +12,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Fourier, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import FrozenMap, check_choice, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_whole, option, settings, settled
 
 
 @settings

@@ -14,7 +14,7 @@ from ..weights import LowRank, Modulated, Weight
 from .factored import LowRankMethod
 from .layout import Layout, factors_of, rank_axes
 from .lora_init import first_factors
-from .method import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 
 @settings

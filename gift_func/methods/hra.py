@@ -13,7 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Reflected, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .method import FrozenMap, check_whole
+from .settings import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..select import Site
 from ..weights import Reshaped, Scaled, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import Method, check_choice
+from .method import Method
+from .settings import check_choice
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .method import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 Init = Literal["kaiming", "normal", "random"]
 

@@ -15,7 +15,7 @@ from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .method import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 Init = Literal["kaiming", "lycoris", "random"]
 

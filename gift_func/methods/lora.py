@@ -17,7 +17,8 @@ from .factored import LowRankMethod
 from .full import Full
 from .layout import Conv, Layout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
-from .method import FrozenMap, Method, by_shape, check_choice, check_dropout, check_whole, option, settings, settled
+from .method import Method, by_shape
+from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
 
 
 @settings

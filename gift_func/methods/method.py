@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache, wraps
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import AdaptError, nearest
 from ..select import Site, qualified
 from ..weights import Weight
+from .settings import FrozenMap, first_match
 
 Kind = TypeVar("Kind", bound="Method")
 Value = TypeVar("Value")
@@ -186,96 +186,6 @@ def by_shape(init: Init) -> Init:
 def is_by_shape(method: Method) -> bool:
     """Whether the method's `init` is marked so; another one that a subclass defines is not."""
     return getattr(type(method).init, "by_shape", False)
-
-
-def option(*, default: Any, alias: str) -> Any:
-    """A field that goes by another name in the constructor: `init`, say, which is the name of the method's function."""
-    return field(default=default, metadata={"argument": alias})
-
-
-def settled(*, default: Any, init: Literal[False] = False) -> Any:
-    """A field that `Method.at` sets, and no one else."""
-    return field(default=default, init=init, repr=False, compare=False, metadata={"settled": True})
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field, option, settled))
-def settings(kind: type[Kind]) -> type[Kind]:
-    """`dataclass(frozen=True)` for a method with fields made by `option`, or with patterns, which it keeps as `FrozenMap`."""
-    made = dataclass(frozen=True)(kind)
-    every = fields(made)  # type: ignore[arg-type]  # the class is one now, which its type does not say
-    names = {item.metadata.get("argument", item.name): item.name for item in every if item.init}
-    arguments = {name: argument for argument, name in names.items()}
-    plain = made.__init__
-
-    @wraps(plain)
-    def construct(self: Any, *values: Any, **options: Any) -> None:
-        given = {}
-        for name, value in options.items():
-            if name not in names and name not in arguments:  # by which `dataclasses.replace` calls fields
-                raise TypeError(f"{kind.__name__} has no option {name!r}; {nearest(name, names)}")
-            given[names.get(name, name)] = FrozenMap(value) if name.endswith("_pattern") else value
-        plain(self, *values, **given)
-
-    signature = inspect.signature(plain)
-    shown = [item.replace(name=arguments.get(name, name)) for name, item in signature.parameters.items()]
-    construct.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]  # inspect looks for it
-    made.__init__ = construct  # type: ignore[method-assign]
-    return made
-
-
-class FrozenMap(Mapping[str, Value]):
-    """A mapping that compares, hashes and pickles, for the fields of frozen dataclasses."""
-
-    def __init__(self, items: Mapping[str, Value] | None = None) -> None:
-        self._items = dict(items or {})
-
-    def __getitem__(self, key: str) -> Value:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and list(self._items.items()) == list(other.items())
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-
-def check_whole(method: Method, name: str) -> None:
-    """Refuse an option, and what its pattern gives, that is not a whole number of at least 1."""
-    for pattern, value in [("", getattr(method, name)), *getattr(method, f"{name}_pattern", {}).items()]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            place = f" ({name}_pattern {pattern!r})" if pattern else ""
-            raise AdaptError(f"{type(method).__name__} needs a whole {name} of at least 1, got {name}={value!r}{place}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse an option that is none of these."""
-    if value not in choices:
-        raise AdaptError(f"{name} is one of {', '.join(map(str, choices))}, got {name}={value!r}")
-
-
-def check_dropout(method: Method) -> None:
-    """Refuse a dropout, in whichever of the fields that end in `dropout`, that is no probability."""
-    for name in (item.name for item in fields(cast(Any, method)) if item.name.endswith("dropout")):
-        value = getattr(method, name)
-        if not 0.0 <= value < 1.0:
-            raise AdaptError(f"{name} is a probability in [0, 1), got {name}={value!r}")
-
-
-def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:
-    """The value of the first key whose regular expression matches the module's name or its end after a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module_name):
-            return value
-    return default
 
 
 def is_a(module: nn.Module, *names: str) -> bool:

@@ -13,7 +13,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import BlockAffine, SharedShards, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .method import FrozenMap
+from .settings import FrozenMap
 
 
 @dataclass(frozen=True)

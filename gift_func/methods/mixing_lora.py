@@ -13,7 +13,7 @@ from ..weights import Mixing, Weight
 from .factored import uniform
 from .lora import LoRA
 from .matrix import CONVOLUTIONS
-from .method import settings
+from .settings import settings
 
 
 @settings

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Scattered, Weight
 from .matrix import MatrixMethod
-from .method import check_whole
+from .settings import check_whole
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..select import Site
 from ..weights import Spectral, Weight
 from .layout import balanced
 from .matrix import TWO_FACTORS, MatrixMethod
-from .method import check_choice
+from .settings import check_choice
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..select import Site
 from ..weights import Triple, Weight
 from .factored import FactoredMethod
 from .layout import Layout, layout_of, matrix_of
-from .method import check_dropout, check_whole
+from .settings import check_dropout, check_whole
 
 
 @dataclass(frozen=True)

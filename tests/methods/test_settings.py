@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import gift_func as gf
-from gift_func.methods.method import FrozenMap, option, settings, settled
+from gift_func.methods.settings import FrozenMap, option, settings, settled
 
 METHODS: list[tuple[type[Any], dict[str, Any]]] = [
     (gf.LoRA, {"init": "olora", "rank_pattern": {"a": 3}, "alpha_pattern": {"b": 2.0}}),

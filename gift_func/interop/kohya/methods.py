@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import AdaptError
 from ...methods import IA3, LoHa, LoKr, LoRA, Method
-from ...methods.method import check_choice, settings
+from ...methods.settings import check_choice, settings
 from ...select import Site
 from ...weights import Dense, OnBase, Weight
 

@@ -14,7 +14,8 @@ from ...errors import AdaptError, FileError
 from ...methods import Diff, Full, LoRA, Method, TrainableTokens
 from ...methods.ia3 import ScaledBias
 from ...methods.matrix import HF_CONV1D
-from ...methods.method import first_match, is_a
+from ...methods.method import is_a
+from ...methods.settings import first_match
 from ...select import Site
 from . import config as configs
 from .config import Config

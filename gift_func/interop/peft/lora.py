@@ -14,7 +14,8 @@ from ...body import Part
 from ...errors import AdaptError, FileError
 from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
-from ...methods.method import first_match, is_a
+from ...methods.method import is_a
+from ...methods.settings import first_match
 from ...select import Site
 from . import config as configs
 from .config import Config
