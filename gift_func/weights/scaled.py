@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .gain import gained
 from .value import Index, OnBase, Weight, as_weight
 
 
@@ -41,8 +42,7 @@ class Scaled(OnBase):
         along = along.squeeze(-2) if along.ndim == 2 else along
         if self.side == "input":
             return self.base.linear((x * along).to(x.dtype), bias)
-        y = self.base.linear(x)
-        return (y * along if bias is None else torch.addcmul(bias, y, along)).to(y.dtype)
+        return gained(self.base.linear(x), along, bias)
 
     def affine(self, x: Tensor, bias: Weight) -> Tensor:
         """`linear` with a bias that is a weight too; if one tensor scales both, it scales what they give together."""
@@ -50,8 +50,7 @@ class Scaled(OnBase):
             return self.linear(x, bias.dense())
         if not torch.is_grad_enabled() and x.shape[:-1].numel() > self.shape[-1]:
             return self.linear(x, bias.dense())
-        y = self.base.linear(x, bias.base.dense())
-        return (y * self.factor.reshape(self.shape[0])).to(y.dtype)
+        return gained(self.base.linear(x, bias.base.dense()), self.factor.reshape(self.shape[0]), None)
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.side == "output" or self.ndim != 2:
