@@ -443,6 +443,32 @@ def test_element_types_and_modes() -> None:
     assert gf.AdapterBank(base=MLP_ROW.model()).to(torch.float32).base(x.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "way", [lambda bank: bank, copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))], ids=["", "copy", "pickle"]
+)
+def test_a_part_that_is_in_another_mode(way: Callable[[gf.AdapterBank], gf.AdapterBank]) -> None:
+    """A frozen BatchNorm in a network in training mode, as fine-tuning has it; and a layer whose dropout is off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    model(torch.randn(50, 6, dtype=torch.float64) * 3)
+    model.train()
+    model[1].eval()
+    model[2].eval()
+    strategy = {"0": gf.LoRA(rank=2), "2": gf.LoRA(rank=2, dropout=0.9)}
+    models = {name: shake(gf.adapt(model, strategy), seed) for seed, name in enumerate("ab")}
+    bank, x = way(gf.AdapterBank(models)), x_of(6)
+    assert bank.training
+    names: list[str | None] = ["a", "b", None] * 2
+    wanted = one_by_one(models, models["a"].base, names, ((x,), {}))
+    assert_same(bank(x, adapters=names), wanted)
+    assert_same(bank["a"](x), models["a"](x))
+    assert_same(bank(x, adapters=["a"] * 6), models["a"](x))
+    assert_same(gf.stack(models.values()).mix(x, members=[0, 1, None] * 2), wanted)
+    assert_same(bank.eval()(x, adapters=names), wanted)  # whatever else there is does the same in both
+    with pytest.raises(AssertionError, match="off by"):
+        assert_same(bank.train()(x, adapters=names), wanted)
+
+
 def test_dropout_is_that_of_the_mode() -> None:
     model = MLP_ROW.model()
     models = {

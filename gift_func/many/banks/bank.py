@@ -20,6 +20,7 @@ from .fresh import fresh
 from .gathered import Gathered
 from .keeping import Conversion, Kept
 from .mixing import Network
+from .modes import Modes, modes_in, modes_of
 from .planning import Batch, arrange
 from .samples import numbers_of
 
@@ -73,12 +74,12 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         if base is None and not given:
             raise AdaptError("a bank without adapters needs to know its base: AdapterBank(base=model)")
         frozen = base_of(base) if base is not None else next(iter(given.values()))._body.base
-        training = next(iter(given.values())).training if given else frozen.structure.module.training
+        modes = modes_in(next(iter(given.values()))._body) if given else modes_of(frozen.structure)
         entries = [Entry.of(model) for model in given.values()]
         for name, entry in zip(given, entries, strict=True):
             _check_base(name, frozen, entry.base)
         self._entries: dict[str, Entry] = dict(zip(given, side_by_side(entries, frozen), strict=True))
-        self._network = Network(frozen, training)
+        self._network = Network(frozen, modes)
         self._models = Kept()
 
     # --- as a mapping
@@ -174,7 +175,9 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         function = Conversion.of(*args, **kwargs)
         base = self._network.base.apply(function)
         moved = [entry.apply(function, base) for entry in self._entries.values()]
-        return self._like(dict(zip(self._entries, side_by_side(moved), strict=True)), network=Network(base, self.training))
+        return self._like(
+            dict(zip(self._entries, side_by_side(moved), strict=True)), network=Network(base, self._network.modes)
+        )
 
     @property
     def training(self) -> bool:
@@ -268,8 +271,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         made: AdapterBank = object.__new__(type(self))
         made._entries = dict(entries)
         if network is None:
-            same = training is None or training == self.training
-            network = self._network if same else self._network.in_mode(bool(training))
+            network = self._network if training is None else self._network.in_mode(training)
         made._network = network
         made._models = self._models if network is self._network else Kept()
         return made
@@ -286,7 +288,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         entries = {name: entry.apply(clone, entry.base) for name, entry in self._entries.items()}
-        return _restore, (type(self), self._network.base, self.training, entries)
+        return _restore, (type(self), self._network.base, self._network.modes, entries)
 
     def _entry(self, name: str) -> Entry:
         found = self._entries.get(name)
@@ -321,10 +323,10 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         return self._models.put(entry, self._network.model(entry)) if found is None else found
 
 
-def _restore(kind: type[AdapterBank], base: FrozenBase, training: bool, entries: Mapping[str, Entry]) -> AdapterBank:
+def _restore(kind: type[AdapterBank], base: FrozenBase, modes: Modes, entries: Mapping[str, Entry]) -> AdapterBank:
     made: AdapterBank = object.__new__(kind)
     made._entries = dict(zip(entries, side_by_side(list(entries.values())), strict=True))
-    made._network = Network(base, training)
+    made._network = Network(base, modes)
     made._models = Kept()
     return made
 

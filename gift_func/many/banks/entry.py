@@ -18,6 +18,7 @@ from ...strategy import Strategy
 from ...structure import Structure, clone, copied
 from ...weights import Dense, Weight
 from ...weights._torch import is_transformed, lasting_outside
+from .modes import Modes
 
 
 @dataclass(eq=False)
@@ -41,7 +42,7 @@ class Entry:
     structure: Structure | None
     _statistics: dict[str, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _made: dict[bool, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
+    _made: dict[Modes, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(model: AdaptedModel) -> Entry:
@@ -107,9 +108,9 @@ class Entry:
             module = structure.module
         return _restore, (self.base, self.parts, self.strategy, self.tensors, self.buffers, module)
 
-    def weights(self, training: bool) -> dict[str, Weight]:
+    def weights(self, modes: Modes) -> dict[str, Weight]:
         """The structured weights, by the name of the parameter; kept where they only view the tensors."""
-        known = self._made.get(training)
+        known = self._made.get(modes)
         if known is not None and known[0] == self.base.epoch:
             return known[1]
         made: dict[str, Weight] = {}
@@ -122,14 +123,14 @@ class Entry:
                     weight = part.method.weight(self.base.weights[part.name], {**derived, **own})
                 else:
                     weight = Dense(own[""])
-                made[part.name] = weight if training else weight.eval()
+                made[part.name] = weight if part.name.rpartition(".")[0] in modes else weight.eval()
         if not self._computes(made):
-            self._made[training] = self.base.epoch, made
+            self._made[modes] = self.base.epoch, made
         return made
 
-    def rests(self, training: bool) -> bool:
+    def rests(self, modes: Modes) -> bool:
         """Whether the weights of the last `weights` are kept."""
-        return training in self._made
+        return modes in self._made
 
     def _computes(self, weights: Mapping[str, Weight]) -> bool:
         """Whether a weight holds a tensor that its method computed, which training would make stale."""

@@ -17,6 +17,7 @@ from ..recipe import Recipe
 from .entry import Entry, own_modules
 from .keeping import Kept
 from .mixing import Network
+from .modes import modes_in
 from .planning import arrange
 from .samples import numbers_of
 
@@ -35,7 +36,7 @@ class Members:
 
     def __init__(self, body: Body, recipe: Recipe, tensors: Tensors, buffers: Tensors) -> None:
         self._base, self._recipe, self._state = body.base, recipe, _state_of(body, tensors, buffers)
-        self._network = Network(body.base, body.module.training)
+        self._network = Network(body.base, modes_in(body))
         if self._network.statistics is not None:
             raise AdaptError(
                 f"{self._network.statistics!r} takes statistics of its batch and keeps them for each member, which a mixed "
@@ -84,7 +85,7 @@ class Members:
 def _state_of(body: Body, tensors: Tensors, buffers: Tensors) -> tuple[object, ...]:
     of_tensors = [(name, id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()]
     of_buffers = [(name, id(buffer), buffer._version) for name, buffer in buffers.items()]
-    return body.module.training, of_tensors, of_buffers
+    return modes_in(body), of_tensors, of_buffers
 
 
 def _cut(share: Tensor, shape: torch.Size) -> Tensor:

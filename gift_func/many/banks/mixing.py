@@ -23,6 +23,7 @@ from .arguments import Arguments
 from .entry import Entry
 from .gathered import Gathered
 from .mix import Mix
+from .modes import Modes, modes_in, modes_of, put
 from .planning import Batch, Plan, Plans, Way
 from .routed import ApartError
 from .samples import check_size, is_mixed, is_opaque, leads, merged, put_back, rows_out, shared
@@ -40,14 +41,21 @@ class Network:
 
     Args:
         base: the frozen base.
-        training: the mode it runs in.
+        modes: the modes that its modules are put in.
+
+    Attributes:
+        modes: those that they are in.
     """
 
-    def __init__(self, base: FrozenBase, training: bool) -> None:
+    def __init__(self, base: FrozenBase, modes: Modes | bool) -> None:
         self.base = base
         structure = base.structure.copy(clone)
-        structure.module.train(training)
-        self.training = training
+        put(structure, modes)
+        self.modes = modes_of(structure)
+        self.training = "" in self.modes
+        self._as_one = modes if isinstance(modes, bool) else None
+        if base.has_plain_modes and self.modes in (frozenset(), frozenset(structure.modules)):
+            self._as_one = self.training
         self.body = Body(base, structure, ())
         self.body.rest_on_base()
         self.plans = Plans(base, structure)
@@ -55,14 +63,19 @@ class Network:
         self._keeps_order = False
 
     def in_mode(self, training: bool) -> Network:
-        """The same network in a mode."""
-        return Network(self.base, training)
+        """The same network with all modules in a mode."""
+        return self if self._as_one == training else Network(self.base, training)
 
     def model(self, entry: Entry) -> AdaptedModel:
         """An adapter as a model of its own."""
         if self.statistics is not None:
             entry.keep_statistics()
-        return entry.model().train(self.training)
+        made = entry.model().train(self.training)
+        if self._as_one is None and modes_in(made._body) != self.modes:
+            structure = made._body.structure
+            put(structure, self.modes | {name for name in modes_of(structure) if name not in self.body.structure.modules})
+            made._body.rest(made.adapter.current())
+        return made
 
     def gathered(self, models: Sequence[AdaptedModel]) -> Gathered:
         """What runs a batch by indices of these adapters in a compiled function."""
@@ -119,7 +132,7 @@ class Network:
         as_given = self._keeps_order if method is None else self._tells(given.whole()[1])
         order = torch.tensor(batch.order) if given.allow(batch.order) and not as_given else None
         runs = batch.runs(ordered=order is not None)
-        plan = self.plans.of([entry for entry, _ in runs], self.training)
+        plan = self.plans.of([entry for entry, _ in runs], self.modes)
         if plan.apart or (plan.fused and runs_fused(self.body.structure, ())):
             raise ApartError
         counts = [count for _, count in runs]

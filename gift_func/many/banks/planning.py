@@ -18,6 +18,7 @@ from ..following.replaying import Answer
 from ..following.rows import Rows
 from .entry import Entry
 from .mix import Mix, Use
+from .modes import Modes
 from .routed import RoutedSlot
 from .routed_weight import Routed
 
@@ -126,7 +127,7 @@ class Plans:
         self._known: OrderedDict[tuple[Entry | None, ...], tuple[int, Plan]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, entries: Sequence[Entry | None], training: bool) -> Plan:
+    def of(self, entries: Sequence[Entry | None], modes: Modes) -> Plan:
         """The plan for runs of these adapters."""
         key = tuple(entries)
         epoch = self.base.watch()
@@ -135,14 +136,14 @@ class Plans:
             if known is not None and known[0] == epoch:
                 self._known.move_to_end(key)
                 return known[1]
-        weights = [{} if entry is None else entry.weights(training) for entry in entries]
+        weights = [{} if entry is None else entry.weights(modes) for entry in entries]
         names = dict.fromkeys(name for found in weights for name in found)
         base, structure = self.base.weights, self.structure
         routed = {name: Routed([found.get(name, base[name]) for found in weights], name) for name in names}
         guarded: dict[str, Tensor] = {name: Slot.of(base[name]) for name in guards(structure, names)}
         recurrent = any(isinstance(structure.places[name][0][0], (nn.RNNBase, nn.RNNCellBase)) for name in names)
         plan = Plan(routed, guarded, bool(fused_names(structure, names)), recurrent)
-        if all(entry is None or entry.rests(training) for entry in entries):
+        if all(entry is None or entry.rests(modes) for entry in entries):
             with self._lock:
                 self._known[key] = epoch, plan
                 while len(self._known) > self.SIZE:

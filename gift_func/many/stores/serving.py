@@ -18,6 +18,7 @@ from ...structure import Structure
 from ...weights import Slot, Weight
 from ..banks.entry import Entry
 from ..banks.mixing import Network
+from ..banks.modes import Modes
 from ..banks.planning import Batch, Plan, Plans, Way
 
 
@@ -32,9 +33,9 @@ class Passing(Plans):
         self._ways: OrderedDict[object, dict[object, Way]] = OrderedDict()
         self._ways_lock = threading.Lock()
 
-    def of(self, entries: Sequence[Entry | None], training: bool) -> Plan:
+    def of(self, entries: Sequence[Entry | None], modes: Modes) -> Plan:
         """The plan for runs of these adapters, with what calls met whose adapters are of the same kinds in the same places."""
-        plan = super().of(entries, training)
+        plan = super().of(entries, modes)
         kinds = frozenset((name, type(member)) for name, routed in plan.routed.items() for member in routed.members)
         with self._ways_lock:
             plan.ways = self._ways.setdefault((tuple(plan.routed), kinds), plan.ways)
@@ -103,7 +104,7 @@ class Alone:
     def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         network, entry = self._network, self._entry
         network.base.watch()
-        weights = entry.weights(network.training)
+        weights = entry.weights(network.modes)
         slots = self._slots(weights)
         with network.body.lent(slots, {}, private_buffers=True) as (twin, call):
             return call.returns(getattr(twin.structure.module, method)(*args, **kwargs))
