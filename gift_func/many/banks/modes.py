@@ -14,8 +14,10 @@ def modes_of(structure: Structure) -> Modes:
     return frozenset(name for name, module in structure.modules.items() if module.training)
 
 
-def modes_in(body: Body) -> Modes:
-    """The modes in which a model runs the modules of its base."""
+def modes_in(body: Body) -> Modes | bool:
+    """The modes in which a model runs the modules of its base; or that which all are yet to be put in."""
+    if body.is_undecided:
+        return body.modes[-1]
     return frozenset(name for name in body.base.structure.modules if name in body.outline.modules and body.trains(name))
 
 
