@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class Initial:
         """The method's tensors without values, by its names; not to be kept, for other places may have the same."""
         if not is_by_shape(method):
             return self._init_bare(method, site)
-        key = type(method), *vars(method).values(), site.parameter.shape, site.parameter.dtype
+        options = (getattr(method, item.name) for item in fields(cast(Any, method)))
+        key = type(method), *options, site.parameter.shape, site.parameter.dtype
         found = self._bare.get(key)
         if found is None:
             found = self._bare[key] = self._init_bare(method, site)

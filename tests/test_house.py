@@ -11,7 +11,7 @@ import gift_func
 
 ROOT = Path(gift_func.__file__).parent
 FLOORS = [
-    ["errors", "reading", "weights._torch"],
+    ["errors", "reading", "weights._torch", "weights.function"],
     ["weights.names", "weights.value"],
     ["weights.convolution", "weights.gain", "weights.stacked_linear"],
     ["weights.mixed_linear"],

@@ -217,7 +217,7 @@ def test_interrupted_and_resumed(tmp_path: Path, stop: int) -> None:
         nonlocal calls
         calls += 1
         if calls == stop:
-            raise StopError
+            raise StopError("stopped here")
         return F.cross_entropy(output, target)
 
     methods = [gf.LoRA(rank=2, dropout=0.3), gf.LoRA(rank=4, dropout=0.3, init="gaussian"), gf.IA3()]
@@ -225,7 +225,7 @@ def test_interrupted_and_resumed(tmp_path: Path, stop: int) -> None:
     options: Any = {"halving": {6: 0.7, 12: 0.5}, "data": shuffling(), "evaluate": accuracy, "maximize": True}
     whole = sweep(net, grid, lambda trial: trial["method"], **options)
     path = tmp_path / "sweep.safetensors"
-    with pytest.raises(StopError):
+    with pytest.raises(StopError, match="stopped here"):
         sweep(net, grid, lambda trial: trial["method"], **{**options, "loss": counting}, checkpoint=path)
     assert path.exists() == (stop > 5)
     resumed = sweep(net, grid, lambda trial: trial["method"], **options, checkpoint=path)

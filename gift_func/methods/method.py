@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,8 +170,9 @@ class Method(ABC):
 
     def but(self, **changes: Any) -> Self:
         """The same method with some fields changed."""
-        made = object.__new__(type(self))
-        vars(made).update(vars(self), **changes)
+        made = copy.copy(self)  # which knows classes with slots
+        for name, value in changes.items():
+            object.__setattr__(made, name, value)
         return made
 
 

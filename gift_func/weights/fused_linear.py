@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._torch import as_batched, batch_of, below_vmap, in_one_vmap, is_batched, is_transformed, whole_numel
+from .function import apply
 from .stacked_linear import StackedLinear
 from .value import autocasts
 
@@ -72,7 +73,7 @@ def low_rank_linear(
     else:
         return None
     x3, left3, right3 = flat.unflatten(0, (pieces, -1)), left.expand(pieces, -1, -1), right.expand(pieces, -1, -1)
-    made: Tensor = StackedLinear.apply(x3, weight, bias, left3, right3, scale)[0]  # type: ignore[no-untyped-call]
+    made: Tensor = apply(StackedLinear, x3, weight, bias, left3, right3, scale)[0]
     return made.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -90,10 +91,10 @@ def _of_members(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, ri
         x = x.reshape(size, -1, x.shape[-1]) if x_own else x.reshape(-1, x.shape[-1])
         if left_own or right_own:
             left, right = (t if own else t.expand(size, -1, -1) for t, own in ((left, left_own), (right, right_own)))
-            y = StackedLinear.apply(x, weight, bias, left, right, scale)[0]  # type: ignore[no-untyped-call]
+            y = apply(StackedLinear, x, weight, bias, left, right, scale)[0]
         else:  # a batch of x for one adapter is one longer x
             longer = x.reshape(1, -1, x.shape[-1])
-            y = StackedLinear.apply(longer, weight, bias, left.unsqueeze(0), right.unsqueeze(0), scale)[0]  # type: ignore[no-untyped-call]
+            y = apply(StackedLinear, longer, weight, bias, left.unsqueeze(0), right.unsqueeze(0), scale)[0]
             y = y.view(-1, prod(shape), out)
         y = (y if shift is None else y + shift.unsqueeze(1)).view(size, *shape, out)
     return as_batched(y)

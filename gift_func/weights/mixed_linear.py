@@ -6,7 +6,6 @@ output; no adapter's factors are copied per row.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .function import apply, quick
 from .stacked_linear import StackedLinear, over
 
 Sizes = tuple[int, ...]
@@ -41,13 +41,14 @@ def mixed_linear(
         return _forward(x, weight, bias, left, right, scale, sizes)[0]
     count = len(sizes)
     if len(set(sizes)) == 1 and sum(sizes) == x.shape[0]:
-        y = StackedLinear.apply(x.view(count, sizes[0], -1), weight, bias, left, right, scale)[0]  # type: ignore[no-untyped-call]
+        y = apply(StackedLinear, x.view(count, sizes[0], -1), weight, bias, left, right, scale)[0]
         made: Tensor = y.flatten(0, 1)
         return made
-    made = MixedLinear.apply(x, weight, bias, left, right, scale, sizes)[0]  # type: ignore[no-untyped-call]
+    made = apply(MixedLinear, x, weight, bias, left, right, scale, sizes)[0]
     return made
 
 
+@quick
 class MixedLinear(torch.autograd.Function):
     """The pair `(y, h)`; h `(r, rows with an adapter)` is an output because second derivatives flow through it."""
 
@@ -118,10 +119,6 @@ class MixedLinear(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         return over(_plain, in_dims, inputs), (0, 0)
-
-
-# As in `stacked_linear`: torch asks for it in every call.
-MixedLinear.forward.__signature__ = inspect.signature(MixedLinear.forward)  # type: ignore[attr-defined]
 
 
 def _forward(

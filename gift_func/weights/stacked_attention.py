@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._torch import is_batched
+from .function import apply, quick
 from .stacked_linear import front
 
 
+@quick
 class _Folded(torch.autograd.Function):
     """`F.scaled_dot_product_attention` with a rule for `vmap`; it is called where that is the innermost transform."""
 
@@ -74,6 +76,6 @@ def attention(
     alike = query.ndim == key.ndim == value.ndim and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
     known = alike and 2 <= query.ndim <= 4 and not dropout_p and not torch.compiler.is_compiling()
     if known and any(t is not None and is_batched(t) for t in (query, key, value, attn_mask)):
-        made: Tensor = _Folded.apply(query, key, value, attn_mask, is_causal, options)  # type: ignore[no-untyped-call]
+        made: Tensor = apply(_Folded, query, key, value, attn_mask, is_causal, options)
         return made
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)

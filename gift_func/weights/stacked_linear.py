@@ -6,14 +6,16 @@ added into its fresh output; only x and the r-wide product are kept.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .function import apply, quick
 
+
+@quick
 class StackedLinear(torch.autograd.Function):
     """The pair `(y, h)`, `h_n = A_n·x_nᵀ`. h is an output because second derivatives flow through it.
 
@@ -97,7 +99,7 @@ class StackedLinear(torch.autograd.Function):
             x = x.movedim(x_dim, 0)
             # (size, N, T, in) -> (N, size * T, in); one x that all adapters share stays one.
             x = x.flatten(0, 1) if x.ndim == 3 else x.movedim(0, 1).flatten(1, 2)
-            y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
+            y, h = apply(StackedLinear, x, weight, bias, left, right, scale)
             y, h = y.unflatten(1, (size, -1)).movedim(1, 0), h.unflatten(2, (size, -1)).movedim(2, 0)
         else:
             left, right = front(left, left_dim, size), front(right, right_dim, size)
@@ -109,13 +111,9 @@ class StackedLinear(torch.autograd.Function):
                 x = x.movedim(x_dim, 0)
                 x = x.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1) if x.ndim == 3 else x.flatten(0, 1)
             left, right = left.flatten(0, 1), right.flatten(0, 1)
-            y, h = StackedLinear.apply(x, weight, bias, left, right, scale)  # type: ignore[no-untyped-call]
+            y, h = apply(StackedLinear, x, weight, bias, left, right, scale)
             y, h = y.unflatten(0, (size, members)), h.unflatten(0, (size, members))
         return (y if shift is None else y + shift, h), (0, 0)
-
-
-# Torch asks for the signature in every call, and this is where it looks first: 25 of 35 microseconds.
-StackedLinear.forward.__signature__ = inspect.signature(StackedLinear.forward)  # type: ignore[attr-defined]
 
 
 def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:

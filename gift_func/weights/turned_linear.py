@@ -7,7 +7,6 @@ orthogonal R with R's gradient from `xᵀ·∂x·R`, so that no activations are 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._torch import is_transformed
+from .function import apply, quick
 
 PIECE = 2**16
 """Elements of a piece of activations that stays in a CPU's cache."""
@@ -31,10 +31,11 @@ def turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor
         orthogonal: whether they are so exactly, and not nearly.
     """
     blocks = blocks.expand(weight.shape[1] // blocks.shape[-1], -1, -1)
-    y: Tensor = TurnedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, blocks, orthogonal)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(TurnedLinear, x.reshape(-1, x.shape[-1]), weight, bias, blocks, orthogonal)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+@quick
 class TurnedLinear(torch.autograd.Function):
     """y, `(T, out)`, for x `(T, in)`, W `(out, in)`, bias `(out,)` or None and blocks `(in/b, b, b)`."""
 
@@ -71,10 +72,6 @@ class TurnedLinear(torch.autograd.Function):
         if blocks_t is not None:
             through = through + turned(x, blocks_t)
         return F.linear(through, weight, bias_t)
-
-
-# Torch asks for the signature in every call, and this is where it looks first: 25 of 35 microseconds.
-TurnedLinear.forward.__signature__ = inspect.signature(TurnedLinear.forward)  # type: ignore[attr-defined]
 
 
 def apart(rows: Tensor, blocks: Tensor) -> Tensor:

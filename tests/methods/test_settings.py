@@ -6,13 +6,17 @@ import copy
 import dataclasses
 import inspect
 import pickle
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, field
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import gift_func as gf
 from gift_func.methods.settings import FrozenMap, option, settings, settled
+from gift_func.weights import Dense, Weight
 
 METHODS: list[tuple[type[Any], dict[str, Any]]] = [
     (gf.LoRA, {"init": "olora", "rank_pattern": {"a": 3}, "alpha_pattern": {"b": 2.0}}),
@@ -103,3 +107,25 @@ def test_a_method_of_a_users_own() -> None:
         gf.Method.from_dict({**own.to_dict(), "groups": 2})
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'size'"):
         Own()  # type: ignore[call-arg]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted(gf.Method):
+    """A user's method whose fields are slots, with a pattern."""
+
+    size: int = 1
+    size_pattern: FrozenMap[int] = field(default_factory=FrozenMap)
+
+    def init(self, site: gf.Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"shift": torch.zeros(self.size, *site.parameter.shape)}
+
+    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+        return Dense(base.dense() + tensors["shift"].sum(0))
+
+
+def test_a_method_with_slots_obeys_its_patterns() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    adapted = gf.adapt(model, {"*.weight": Slotted(2, FrozenMap({"1": 5}))})
+    assert {name: len(tensor) for name, tensor in adapted.adapter.items()} == {"0.shift": 2, "1.shift": 5}
+    x = torch.randn(4, 2)
+    assert torch.equal(adapted(x), model(x))

@@ -18,6 +18,7 @@ from ...strategy import Strategy
 from ...structure import Structure, clone, copied
 from ...weights import Dense, Weight
 from ...weights._torch import is_transformed, lasting_outside
+from ...weights.function import apply
 from .modes import Modes
 
 
@@ -200,7 +201,7 @@ def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
         return tensors[0].unsqueeze(0)
     if any(map(is_transformed, tensors)):
         return torch.stack(list(tensors))
-    made: Tensor = _Stack.apply(lasting, *tensors)  # type: ignore[no-untyped-call]
+    made: Tensor = apply(_Stack, lasting, *tensors)
     return made
 
 
