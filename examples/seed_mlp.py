@@ -161,7 +161,7 @@ class ExampleStrategy:
 
 
 convolutional = adapt(example_mlp, ExampleStrategy())
-# From outside to inside: what the seed's text prints is what this prints (tests/test_seed.py compares them).
+# From outside to inside: what the seed's text prints is what this prints (tests/adapting/test_gift.py compares them).
 assert visited == [
     ("in_model", "in_model", "Linear"),
     *[(str(i), f"mid_model.layers.{i}", "Linear") for i in range(3)],

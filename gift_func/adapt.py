@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedModel, filled
-from .base import BaseView, FrozenBase, as_tensor
-from .body import Part
-from .initial import Initial, Shapes, parts_of
+from .adapted_model import AdaptedModel, filled
+from .gift_protocol import Rules, caps_of, is_protocol, operate, seeded
+from .initialise import Initial, Shapes, parts_of
 from .methods import Full, Graft, Method
+from .network.frozen_base import BaseView, FrozenBase, as_tensor
+from .network.module_tree import Structure, clone
+from .network.runner import Part
 from .strategy import Placement, Strategy
-from .structure import Structure, clone
-from .surgery import Rules, caps_of, is_protocol, operate, seeded
 
 
 def adapt(

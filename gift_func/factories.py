@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import nn
 
 from .errors import AdaptError
+from .gift_protocol import Action, Check, Pure
 from .methods import Method
 from .select import qualified
-from .surgery import Action, Check, Pure
 
 Outcome = Method | Mapping[str, Method]
 

@@ -14,11 +14,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .adapt import base_of, readapt
-from .adapted import AdaptedModel
-from .base import BaseView, FrozenBase
+from .adapted_model import AdaptedModel
 from .errors import AdaptError, FileError, StateError
 from .methods import Method
-from .reading import copied, mapped
+from .network.frozen_base import BaseView, FrozenBase
+from .safetensors_io import copied, mapped
 from .strategy import Strategy
 
 KEY = "gift_func"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .adapter import AdapterDict
+from .adapter_dict import AdapterDict
 from .errors import StateError, nearest
 
 Tensors = Mapping[str, Tensor]

@@ -21,9 +21,9 @@ from torch import nn
 
 from .errors import AdaptError, nearest
 from .factories import AdaptByReading, Outcome, a_adapt, c_type
+from .gift_protocol import Action, Cap, Check
 from .methods import Full, LoRA, Method, SVDiff
 from .methods.matrix import CONVOLUTIONS
-from .surgery import Action, Cap, Check
 
 Paras = Mapping[str, Mapping[str, Any]]
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import FrozenBase
 from .errors import AdaptError, nearest
 from .methods import Graft, Method
+from .network.frozen_base import FrozenBase
+from .network.module_tree import join
 from .select import Regex, Selector, Site, as_selector
 from .select import from_dict as selector_from_dict
-from .structure import join
 
 Rule = tuple[Selector | str | Callable[[Site], bool] | None, Method]
 

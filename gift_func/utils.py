@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .adapted import AdaptedModel
+from .adapted_model import AdaptedModel
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -9,7 +9,6 @@ from .diff import Diff as Diff
 from .dora import DoRA as DoRA
 from .fourierft import FourierFT as FourierFT
 from .full import Full as Full
-from .graft import Graft as Graft
 from .hira import HiRA as HiRA
 from .hra import HRA as HRA
 from .ia3 import IA3 as IA3
@@ -19,6 +18,7 @@ from .lora import LoRA as LoRA
 from .method import Method as Method
 from .miss import MiSS as MiSS
 from .mixing_lora import MixingLoRA as MixingLoRA
+from .module_method import Graft as Graft
 from .norm_tuning import NormTuning as NormTuning
 from .oft import OFT as OFT
 from .shira import SHiRA as SHiRA

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from ..errors import AdaptError
-from .graft import Graft, Scion
 from .matrix import HF_CONV1D
 from .method import is_a
+from .module_method import Graft, Scion
 from .settings import check_choice, check_dropout, check_whole
 
 Nonlinearity = Literal["relu", "gelu", "silu", "tanh"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapted import AdaptedModel
+from ..adapted_model import AdaptedModel
 from ..errors import AdaptError
 
 

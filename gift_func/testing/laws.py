@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapt import adapt
-from ..adapted import AdaptedModel
+from ..adapted_model import AdaptedModel
+from ..ensembles.ensemble import Ensemble
+from ..ensembles.stack import stack
 from ..errors import AdaptError
 from ..files import load_adapter, save_adapter
 from ..functional import functional_call
-from ..many.ensembles.ensemble import Ensemble
-from ..many.ensembles.stacking import stack
 from ..methods import Method
 from .hosts import HOSTS, Around, Host
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from .._torch import inside_gradless_checkpoint, saved_tensor_hooks
 from ..errors import CheckpointError
-from ._torch import inside_gradless_checkpoint, saved_tensor_hooks
 from .value import Weight
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..kernels.choice import autocasts
 from .output_dropout import NO_DROPOUT, OutputDropout
-from .value import OnBase, Weight, add_scaled, autocasts, dense_linear
+from .value import OnBase, Weight, add_scaled, dense_linear
 
 
 class Kronecker(OnBase):

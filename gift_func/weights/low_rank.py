@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdaptError
-from .convolution import Conv, split, splits, splitting_pays
-from .fused_linear import low_rank_linear
-from .value import Convolution, Dense, Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
+from ..kernels.choice import autocasts
+from ..kernels.convolution import Conv, split, splits, splitting_pays
+from ..kernels.fused_linear import low_rank_linear
+from .value import Convolution, Dense, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
 
 
 class LowRank(OnBase):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gain import gained
+from ..kernels.gain import gained
 from .low_rank import LowRank
 from .value import Convolution, Index, OnBase, Weight, add_scaled, dense_linear
 

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fusing import fuses
-from .turned_linear import turned_linear
+from ..kernels.choice import fuses
+from ..kernels.turned_linear import turned_linear
 from .value import Dense, Index, OnBase, Weight, as_weight
 
 Side = Literal["input", "output"]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .gain import gained
+from ..kernels.gain import gained
 from .value import Index, OnBase, Weight, as_weight
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdaptError
-from .fusing import fuses
-from .shared_linear import is_worth, shared_linear
-from .value import Dense, Index, OnBase, Weight, add_scaled, as_weight, autocasts, dense_linear
+from ..kernels.choice import autocasts, fuses
+from ..kernels.shared_linear import is_worth, shared_linear
+from .value import Dense, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
 
 
 class SharedShards(OnBase):

@@ -239,12 +239,6 @@ def as_weight(value: Weight | Tensor) -> Weight:
     return value if isinstance(value, Weight) else Dense(value)
 
 
-def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor lies, so that operations choose their element types themselves."""
-    kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.mT + bias` for a matrix, or for a stack of matrices that broadcasts."""
     if weight.ndim == 2:

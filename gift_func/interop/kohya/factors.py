@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...errors import AdaptError, FileError
 from ...methods import DoRA, LoHa, LoKr, LoRA, Method
 from ...select import Site
-from .found import Found, Tensors
 from .methods import Decomposed, GivenLoKr, Side
+from .module_tensors import Found, Tensors
 
 LORA = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 MAGNITUDE = "lora_magnitude_vector"

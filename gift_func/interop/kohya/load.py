@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ...adapt import base_of, readapt
-from ...adapted import AdaptedModel
-from ...base import BaseView, FrozenBase
+from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
-from ...initial import Shapes
+from ...initialise import Shapes
 from ...methods import Diff, LoHa, LoKr, LoRA, Method
+from ...network.frozen_base import BaseView, FrozenBase
 from ...select import Regex, Site
 from ...strategy import Placement, Strategy
-from .found import Found, Tensors
 from .methods import Decomposed, is_host
+from .module_tensors import Found, Tensors
 from .names import Names, Prefix, prefix_of
 from .read import contents
 from .table import BIASES, kind_of

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ...adapted import AdaptedModel
-from ...body import Part
+from ...adapted_model import AdaptedModel
 from ...errors import AdaptError
 from ...files import unshared, write_whole
 from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
+from ...network.runner import Part
 from ...select import Site
-from .found import Tensors
 from .methods import Decomposed, is_host
+from .module_tensors import Tensors
 from .names import Names, Prefix
 from .table import WRITERS, change_of
 

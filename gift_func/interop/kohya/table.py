@@ -10,8 +10,8 @@ from ...methods import IA3, OFT, BitFit, Diff, DoRA, Full, LoHa, LoKr, LoRA, Met
 from ...methods.norm_tuning import is_norm
 from ...select import Site
 from . import factors
-from .found import Found, Kind, Reader, Tensors, Writer
 from .methods import Decomposed, GivenLoKr, Side, WeightIA3
+from .module_tensors import Found, Kind, Reader, Tensors, Writer
 
 MERGE = "Merge it where it was made (LyCORIS: merge_to), or save it natively there."
 REFUSED = {

@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...adapt import base_of, readapt
-from ...adapted import AdaptedModel
-from ...base import BaseView, FrozenBase
+from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
+from ...network.frozen_base import BaseView, FrozenBase
 from . import config as configs
 from .lora import plan_lora
-from .plan import Plan
+from .reader import Plan
 from .table import KINDS
 
 WEIGHTS = "adapter_model.safetensors"

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...body import Part
 from ...errors import AdaptError, FileError
 from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
 from ...methods.settings import first_match
+from ...network.runner import Part
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .draft import Draft, number, one, zeros
 from .keys import PREFIX, Entry, Paths, by_module, is_target, lora_module, lora_parameter
-from .plan import Plan
+from .reader import Plan
+from .writer import Draft, number, one, zeros
 
 MAGNITUDE = "lora_magnitude_vector"
 RESIDUES = ("lora_A0", "lora_B0")

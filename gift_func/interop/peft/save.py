@@ -8,15 +8,15 @@ from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
 
-from ...adapted import AdaptedModel
+from ...adapted_model import AdaptedModel
 from ...errors import AdaptError
 from ...files import unshared, write_whole
 from . import config as configs
-from .draft import Draft
-from .kinds import kind_of
+from .formats import kind_of
 from .load import WEIGHTS
 from .lora import draft_lora
 from .table import KINDS
+from .writer import Draft
 
 
 def save(

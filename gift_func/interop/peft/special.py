@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
-from ...initial import common_name
+from ...initialise import common_name
 from ...methods import AdaLoRA, Method, NormTuning, TrainableTokens, VeRA
 from ...methods.layout import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .draft import Draft, number, one
+from .formats import Kind
 from .keys import Entry, Paths, flipped
-from .kinds import Kind
-from .plan import Plan
+from .reader import Plan
+from .writer import Draft, number, one
 
 PROJECTIONS = ("vera_A", "vera_B")
 

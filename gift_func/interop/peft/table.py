@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import AdaptError
-from ...methods import (
+from ...methods import (  # fmt: skip
     BOFT,
     C3A,
     HRA,
@@ -21,11 +21,11 @@ from ...methods import (
     SHiRA,
     TrainableTokens,
     VeRA,
-)  # fmt: skip
+)
 from .config import LORA, UNSUPPORTED, Config
-from .draft import number
-from .kinds import LAYERS, Kind
+from .formats import LAYERS, Kind
 from .special import AdaLoRAKind, HiRAKind, IA3Kind, NormKind, TokensKind, VeRAKind
+from .writer import number
 
 TARGETS: Config = {"exclude_modules": None, **LAYERS}
 RANKS = {"r": "rank_pattern", "alpha": "alpha_pattern"}

@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels.stacked_attention import attention as scaled_attention
 from ..slot import Slot, dense_of, rule
-from ..stacked_attention import attention as scaled_attention
 from ..value import Weight, as_weight
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convolution import Conv
+from ...kernels.convolution import Conv
 from ..slot import Slot, dense_of, rule
 
 

@@ -1,0 +1,160 @@
+"""A torch function on the rows of each run with that run's own weights, put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import AdaptError
+from ..tracking.sample_axis import Following, Lost, Rows, owner_index, rows_of, tag
+from .routed_weight import Placeholder, member, one_of_equals
+from .segments import Mix
+from .stacked_weights import run_at_once
+
+
+def by_runs(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, Rows], mix: Mix) -> Any:
+    """The function on the rows of each run with its own weights, put together."""
+    made = _at_once(func, leaves, spec, followed, mix)
+    if made is not None:
+        return made
+    plan = {place: _split(leaves[place], rows, mix) for place, rows in followed.items()}
+    outputs: list[list[Any]] = []
+    out_spec = None
+    order: Tensor | None = None
+    for _, given_order in plan.values():
+        order = given_order if order is None else order
+    for run, count in enumerate(mix.counts):
+        own = []
+        for place, leaf in enumerate(leaves):
+            if place in plan:
+                part = plan[place][0][run]
+                rows = followed[place]
+                regular = rows.owners is None and plan[place][1] is None
+                own.append(tag(part, Rows(rows.axis, rows.inner) if regular else _all_of_one(rows, part)))
+            else:
+                own.append(one_of_equals(member(leaf, run), mix.size, count))
+        if any(leaves[p] is not own[p] and own[p].shape[followed[p].axis] == 0 for p in plan):
+            outputs.append([])
+            continue
+        args, kwargs = tree_unflatten(own, spec)
+        samples = count if all(plan[p][1] is None and followed[p].owners is None for p in plan) else 1
+        with Following(samples):
+            flat, out_spec = tree_flatten(func(*args, **kwargs))
+        outputs.append(flat)
+    present = [flat for flat in outputs if flat]
+    whole = [_joined([flat[place] for flat in present], order, func) for place in range(len(present[0]))]
+    assert out_spec is not None
+    return tree_unflatten(whole, out_spec)
+
+
+FEW = 4
+"""Runs from which on one function under `torch.vmap` costs less than one call for each."""
+
+
+def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, Rows], mix: Mix) -> Any:
+    """The function on equally long runs of alike weights at once; None where they are not, or torch has no rule for it."""
+    count, runs = mix.counts[0], mix.even
+    regular = all(
+        rows.owners is None and leaves[place].shape[rows.axis] == rows.inner * mix.size for place, rows in followed.items()
+    )
+    if runs < FEW or not regular or "conv" in getattr(func, "__name__", "") or mix.size > count * runs:
+        return None
+    bundles = {}
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Placeholder):
+            bundle = leaf.weight.bundle(runs)
+            if bundle is None:
+                return None
+            bundles[place] = bundle
+    parts = {place: (leaves[place].unflatten(rows.axis, (runs, -1)), rows.axis) for place, rows in followed.items()}
+    seen: list[tuple[list[Any], Any]] = []
+
+    def one(own: Sequence[Any]) -> list[Tensor]:
+        given = [
+            tag(leaf, Rows(followed[place].axis, followed[place].inner))
+            if place in followed
+            else one_of_equals(leaf, mix.size, count)
+            for place, leaf in enumerate(own)
+        ]
+        args, kwargs = tree_unflatten(given, spec)
+        with Following(count):
+            flat, out_spec = tree_flatten(func(*args, **kwargs))
+        seen.append(([rows_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat], out_spec))
+        return [leaf for leaf in flat if isinstance(leaf, Tensor)]
+
+    try:
+        results = iter(run_at_once(one, parts, bundles, leaves))
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("vmap", "Batching rule", "BatchedTensor")):
+            raise
+        for place in bundles:
+            leaves[place].weight.loops(runs)
+        return None
+    found, out_spec = seen[0]
+    whole = []
+    for rows in found:
+        if not isinstance(rows, (Rows, Lost)):
+            whole.append(rows)
+            continue
+        result = next(results)
+        if isinstance(rows, Lost):
+            return None  # the calls one by one say what is wrong
+        whole.append(result.movedim(0, rows.axis).flatten(rows.axis, rows.axis + 1))
+    return tree_unflatten(whole, out_spec)
+
+
+def by_experts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`grouped_mm` of tokens sorted by expert: the tokens of each run with its own experts, the groups counted anew."""
+    x, weight, *rest = args
+    offs = rest[0] if rest else kwargs.get("offs")
+    rows = rows_of(x)
+    if not isinstance(weight, Placeholder) or not isinstance(rows, Rows) or rows.axis != 0 or not isinstance(offs, Tensor):
+        raise AdaptError(
+            "grouped_mm meets a parameter that differs by sample in a form in which its tokens cannot be told apart. Give this "
+            "call samples of one adapter, bank[name](...)."
+        )
+    run = weight.mix.run_of(owner_index(rows, x.shape[0], weight.mix.size, x.device))
+    expert = torch.bucketize(torch.arange(x.shape[0], device=x.device), offs.to(torch.int64), right=True)
+    parts, places = [], []
+    for index in range(len(weight.mix.counts)):
+        own = (run == index).nonzero().squeeze(-1)
+        counts = torch.bincount(expert[own], minlength=offs.shape[0])[: offs.shape[0]]
+        ends = counts.cumsum(0).to(offs.dtype)
+        if own.numel():
+            parts.append(func(x.index_select(0, own), member(weight, index), **{**kwargs, "offs": ends}))
+            places.append(own)
+    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(places)))
+
+
+def _split(tensor: Tensor, rows: Rows, mix: Mix) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Each run's rows of a tensor, and the order they were brought in, if they had to be."""
+    size = tensor.shape[rows.axis]
+    if rows.owners is None and size == rows.inner * mix.size:
+        return tensor.split([count * rows.inner for count in mix.counts], rows.axis), None
+    run = mix.run_of(owner_index(rows, size, mix.size, tensor.device))
+    order = torch.argsort(run, stable=True)
+    sizes = torch.bincount(run, minlength=len(mix.counts)).tolist()
+    return tensor.index_select(rows.axis, order).split(sizes, rows.axis), order
+
+
+def _joined(parts: Sequence[Any], order: Tensor | None, func: Callable[..., Any]) -> Any:
+    if not isinstance(parts[0], Tensor):
+        return parts[0]
+    rows = rows_of(parts[0])
+    if not isinstance(rows, Rows):
+        name = getattr(func, "__name__", repr(func))
+        raise AdaptError(
+            f"{name} meets a parameter that differs by sample, and mixes the samples or is not known to keep them apart. Give "
+            "this call samples of one adapter, bank[name](...)."
+        )
+    whole = torch.cat(list(parts), dim=rows.axis)
+    return whole if order is None else whole.index_select(rows.axis, torch.argsort(order))
+
+
+def _all_of_one(rows: Rows, part: Tensor) -> Rows:
+    """The tag of rows that, to the functions of one run, are of one sample."""
+    return Rows(rows.axis, max(part.shape[rows.axis], 1))

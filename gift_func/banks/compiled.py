@@ -1,0 +1,123 @@
+"""A mixed batch for `torch.compile`: every sample is a batch of one under `vmap`, its adapter gathered from a stack by index.
+
+The graph depends on the bank and on shapes, and not on which adapters a batch uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..adapted_model import AdaptedModel
+from ..errors import AdaptError
+from ..network.frozen_base import FrozenBase
+from ..network.module_tree import Structure, clone
+from ..network.runner import Body
+from ..stack_layout import share
+from .entry import lies_stacked, stacked
+from .samples import check_size, shared
+
+
+class Gathered:
+    """The adapters of a bank as stacks, and the network that reads a share of them for each sample.
+
+    Args:
+        base: the frozen base.
+        structure: a private copy of its structure, which is taken.
+        models: the bank's adapters; the stacks are of their very tensors.
+
+    Raises:
+        AdaptError: if they cannot share a stack.
+    """
+
+    def __init__(self, base: FrozenBase, structure: Structure, models: Sequence[AdaptedModel]) -> None:
+        plain = AdaptedModel(base, base.structure.copy(clone), (), {}, None).train(structure.module.training)
+        try:
+            self.recipe, rows = share([*models, plain])
+        except AdaptError as error:
+            raise AdaptError(f"under torch.compile the adapters of a bank must share a stack. {error}") from None
+        self.size = len(models)
+        self.body = Body(base, structure, self.recipe.parts)
+        self.body.rest_on_base()
+        self.extras = self.recipe.extras()
+        self.once: dict[str, Tensor] = {}
+        self._stacks: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        for name, made in rows.items():
+            if name in self.recipe.once:
+                self.once[name] = made.detach()
+                continue
+            own: list[Tensor] = [
+                model.adapter[name] if name in model.adapter else made[index].detach() for index, model in enumerate(models)
+            ]
+            if all(tensor.shape == made.shape[1:] for tensor in own) and lies_stacked(own):
+                with torch.enable_grad():
+                    self._stacks[name] = stacked(own, lasting=True)
+            else:
+                self._rows[name] = own
+        self._shapes = {name: made.shape[1:] for name, made in rows.items()}
+
+    def __call__(self, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The network on a batch.
+
+        Args:
+            index: int64 `(batch,)`, which adapter each sample has, -1 for none.
+            args: positional arguments.
+            kwargs: keyword arguments.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        size = index.shape[0]
+        check_size(leaves, size)
+        alike = shared(leaves, size)
+        if alike is None:
+            raise AdaptError(f"an argument has two axes of length {size}, so it cannot be told which of them is the batch's")
+        mapped = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place not in alike]
+        some = index.clamp(min=0)
+        shares = {name: self._stack(name)[some] for name in self._shapes if name not in self.once}
+        # The last share of the extras is that of the base alone.
+        extras = {name: tensor[torch.where(index < 0, self.size, index)] for name, tensor in self.extras.items()}
+        form: list[Any] = []
+
+        def one(share: dict[str, Tensor], extra: dict[str, Tensor], given: list[Tensor]) -> list[Tensor]:
+            own = list(leaves)
+            for place, tensor in zip(mapped, given, strict=True):
+                own[place] = tensor.unsqueeze(0)
+            inner_args, inner_kwargs = tree_unflatten(own, spec)
+            tensors = self.recipe.applied({**self.once, **share}, extra)
+            made = self.body.stateful_forward(tensors, {}, inner_args, inner_kwargs, private_buffers=False)[0]
+            flat, out_spec = tree_flatten(made)
+            form.append(([None if isinstance(leaf, Tensor) else leaf for leaf in flat], out_spec))
+            return [leaf for leaf in flat if isinstance(leaf, Tensor)]
+
+        found = torch.vmap(one, randomness="different")(shares, extras, [leaves[place] for place in mapped])
+        rest, (others, out_spec) = iter(found), form[0]
+        return tree_unflatten([_batch(next(rest)) if leaf is None else leaf for leaf in others], out_spec)
+
+    def _stack(self, name: str) -> Tensor:
+        found = self._stacks.get(name)
+        if found is not None:
+            return found
+        shape = self._shapes[name]
+        return torch.stack([_padded(tensor, shape) for tensor in self._rows[name]])
+
+
+def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
+    after = [(0, m - n) for n, m in zip(tensor.shape, shape, strict=True)]
+    return F.pad(tensor, [n for pair in reversed(after) for n in pair])
+
+
+def _batch(leaf: Tensor) -> Tensor:
+    """An output of batches of one, `(batch, 1, ...)`, as one of the batch."""
+    if leaf.ndim < 2 or leaf.shape[1] != 1:
+        raise AdaptError(
+            f"under torch.compile each sample runs as a batch of one, and an output of it has shape {tuple(leaf.shape[1:])}, "
+            "whose leading axis is not the batch. Return tensors that have the samples in front, and no loss of the batch."
+        )
+    return leaf.flatten(0, 1)

@@ -1,0 +1,122 @@
+"""Networks that run in steps: `generate` of a transformers model, and forwards that are generators."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..tracking.replay import StrayedError
+from ..tracking.sample_axis import Following, Lost, Rows, rows_of, tag
+from .plan import Plan, Way
+from .routing import ApartError
+from .samples import kind_of, rows_out
+from .segments import Mix
+
+MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "input_features", "pixel_values")
+"""What a transformers model's `generate` calls the model's input."""
+INPUTS = {
+    "input_ids": 2, "inputs_embeds": 3, "decoder_input_ids": 2, "decoder_inputs_embeds": 3, "attention_mask": 2,
+    "decoder_attention_mask": 2, "encoder_attention_mask": 2, "position_ids": 2, "token_type_ids": 2, "input_features": 3,
+    "pixel_values": 4,
+}  # fmt: skip
+"""What it hands the network by sample and beam, and with how many dimensions."""
+
+
+def stepped(steps: Generator[Any, Any, Any], size: int) -> Generator[Any, Any, Any]:
+    """A network's generator, whose samples are followed in each of its steps and not in between."""
+    answer: Any = None
+    while True:
+        try:
+            with Following(size):
+                made = steps.send(answer)
+        except StopIteration as end:
+            return _untagged(end.value)
+        answer = yield _untagged(made)
+
+
+def _untagged(made: Any) -> Any:
+    """Aliases of an output's tensors, since the network may go on from the tensors themselves."""
+    leaves, spec = tree_flatten(made)
+    return tree_unflatten([leaf if rows_out(leaf) is None else tag(leaf, None) for leaf in leaves], spec)
+
+
+@contextmanager
+def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
+    """While `generate` runs: the input of each of its calls of the network is the batch, beams and all.
+
+    A call of a kind that was followed before goes by what that one met.
+    """
+    under_way: list[tuple[object, Following | None]] = []
+
+    def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if under_way:  # an encoder that the network calls itself
+            under_way.append((None, None))
+            return args, kwargs
+        main = next((kwargs[name] for name in MAIN if isinstance(kwargs.get(name), Tensor)), None)
+        inner = 0 if main is None else main.shape[0] // mix.size
+        kind = (
+            called is module,
+            inner,
+            *(kind_of([value], None) for value in kwargs.values() if isinstance(value, Tensor)),
+            tuple(kwargs),
+        )
+        way = plan.ways.get(kind)
+        mix.way, mix.met = None if way is None else way.uses, []
+        if way is not None:
+            under_way.append((kind, None))
+            return args, kwargs
+        given = dict(kwargs)
+        for name, value in kwargs.items():
+            dims = INPUTS.get(name)
+            if name == "encoder_outputs":
+                leaves, spec = tree_flatten(value)
+                given[name] = tree_unflatten([_by_rows(leaf, 3, mix.size, inner) for leaf in leaves], spec)
+            elif dims is not None:
+                given[name] = _by_rows(value, dims, mix.size, inner)
+            elif isinstance(value, Tensor) and isinstance(rows_of(value), Lost):
+                given[name] = tag(value, None)
+        mode = Following(mix.size)
+        mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        under_way.append((kind, mode))
+        return args, given
+
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        kind, mode = under_way.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if mix.met is not None and output is not None and not (mode.decided or mode.answers):
+                plan.ways[kind] = Way(tuple(mix.met), ())
+
+    encoder = _encoder_of(module)
+    hooks = []
+    for called in (module,) if encoder is None else (module, encoder):
+        hooks.append(called.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(called.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    except StrayedError:
+        raise ApartError from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _encoder_of(module: Any) -> nn.Module | None:
+    """The part of the network that `generate` runs by itself before all else."""
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None
+    found = module.get_encoder()
+    return found if isinstance(found, nn.Module) else None
+
+
+def _by_rows(value: Any, dims: int, size: int, inner: int) -> Any:
+    """A tensor of so many dimensions that has a row for each sample and beam, so marked; anything else unmarked."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == dims and inner and value.shape[0] == size * inner:
+        return tag(value, Rows(0, inner))
+    return value if rows_of(value) is None else tag(value, None)

@@ -1,0 +1,147 @@
+"""A parameter whose value differs by sample: what each torch function does with one.
+
+The rows of a batch lie in runs, neighbours of one adapter each. A function that meets a routed parameter runs on each
+run's rows with that run's own weight, and the results are put together again: so every function and every method is
+routed, by the rules that hold for a single adapter. A linear layer whose weights are all low-rank does it in one piece.
+Where the rows are is not guessed from shapes: the batch is followed (`tracking.sample_axis`) from the network's input on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import AdaptError
+from ..kernels.choice import autocasts
+from ..tracking.sample_axis import Lost, Rows, rows_of, tag
+from ..weights import Dense, Slot
+from ..weights.call import current
+from .by_segment import by_experts, by_runs
+from .routed_weight import Placeholder, Routed, member, one_of_equals
+from .segments import Mix
+
+_REMEDY = "Give this call samples of one adapter, bank[name](...)."
+
+
+class ApartError(Exception):
+    """The adapters of a batch cannot share a pass: each must take one of its own."""
+
+
+def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    product = _PRODUCTS.get(func)
+    if product is not None and not kwargs:
+        made = product(*args)
+        if made is not None:
+            return made
+    if func is F.multi_head_attention_forward:
+        kwargs = _with_padding_of_samples(kwargs)
+    leaves, spec = tree_flatten((args, kwargs))
+    slots = [leaf for leaf in leaves if isinstance(leaf, RoutedSlot)]
+    weight, mix = slots[0].weight, slots[0].mix
+    mix.elsewhere()
+    _look_for_checkpoints(slots)
+    if getattr(func, "__name__", "").endswith("grouped_mm"):
+        return by_experts(func, args, kwargs)
+    found = [
+        (place, rows_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
+    ]
+    followed = {place: rows for place, rows in found if isinstance(rows, Rows)}
+    lost = next((rows for _, rows in found if isinstance(rows, Lost)), None)
+    name = getattr(func, "__name__", repr(func))
+    if lost is not None:
+        raise AdaptError(
+            f"{weight.name!r} differs by sample, and {name} meets it with a tensor whose samples cannot be told apart "
+            f"since {lost.function or 'a function that mixed them'}. {_REMEDY}"
+        )
+    if not followed:
+        for place, _ in found:
+            leaf = leaves[place] = one_of_equals(leaves[place], mix.size, 1)
+            if _may_be_of_the_batch(leaf, mix.size):
+                raise AdaptError(
+                    f"{weight.name!r} differs by sample, and {name} meets it with a tensor of shape {tuple(leaf.shape)} in "
+                    "which the batch cannot be found: it did not come from the network's input by functions that torch "
+                    f"shows (numpy or a scripted function hides it). {_REMEDY}"
+                )
+        return _each(func, leaves, spec, mix)
+    return by_runs(func, leaves, spec, followed, mix)
+
+
+class RoutedSlot(Placeholder):
+    """The placeholder of a routed parameter."""
+
+    route = _route
+
+
+def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of attention: its padding mask is `(samples, keys)` even where it could not be told in the input."""
+    mask = kwargs.get("key_padding_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and rows_of(mask) is None and mask.stride(0) != 0:
+        return {**kwargs, "key_padding_mask": tag(mask, Rows(0, 1))}
+    return kwargs
+
+
+def _look_for_checkpoints(slots: Sequence[RoutedSlot]) -> None:
+    call = current()
+    if call is not None and call.grad:
+        call.look(slot.weight for slot in slots)
+        if call.checkpointed:
+            raise ApartError  # the checkpoint runs it again when the rows are no longer known
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
+    """The layer in one piece, or None where its weights are not all low-rank."""
+    if not isinstance(weight, RoutedSlot) or isinstance(input, Slot) or isinstance(bias, Slot) or input.ndim < 2:
+        return None
+    runs, mix = weight.weight.low_rank(transposed), weight.mix
+    if runs is None or input.dtype != runs.base.dtype or autocasts(input) or not mix.in_front(weight.weight.name, input):
+        return None
+    _look_for_checkpoints((weight,))
+    return runs.linear(mix, input, bias)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
+    return _linear(input, other, None, transposed=True)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor | None:
+    return _linear(mat1, mat2, input, transposed=True) if input.ndim == 1 else None
+
+
+_PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    **dict.fromkeys((F.linear, torch._C._nn.linear), _linear),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+}
+
+
+def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, mix: Mix) -> Any:
+    """The function of routed parameters alone: a routed parameter again."""
+    results = []
+    for run in range(len(mix.counts)):
+        own = [member(leaf, run) for leaf in leaves]
+        args, kwargs = tree_unflatten(own, spec)
+        results.append(tree_flatten(func(*args, **kwargs)))
+    name = next(leaf.weight.name for leaf in leaves if isinstance(leaf, RoutedSlot))
+    first, out_spec = results[0]
+    made = []
+    for place, leaf in enumerate(first):
+        if not isinstance(leaf, Tensor):
+            made.append(leaf)
+            continue
+        values = [flat[place] for flat, _ in results]
+        weights = [value.weight if isinstance(value, Slot) else Dense(value) for value in values]
+        made.append(RoutedSlot.holding(Routed(weights, name), mix))
+    return tree_unflatten(made, out_spec)
+
+
+def _may_be_of_the_batch(tensor: Tensor, size: int) -> bool:
+    """Whether an untagged tensor may have been made from the batch by a function that a mode cannot see."""
+    if tensor.ndim == 0 or isinstance(tensor, nn.Parameter):
+        return False
+    rows = tensor.shape[0]
+    return tensor.is_floating_point() or tensor.is_complex() or rows == size or (tensor.ndim == 1 and rows % size == 0)

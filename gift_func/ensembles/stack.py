@@ -1,0 +1,135 @@
+"""`stack` and `adapt_ensemble`: adapted models into one ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt import adapt, base_of
+from ..adapted_model import AdaptedModel
+from ..errors import AdaptError
+from ..network.frozen_base import FrozenBase
+from ..network.module_tree import Structure, kept
+from ..stack_layout import share
+from .ensemble import Ensemble, Randomness
+
+
+def stack(
+    models: Iterable[AdaptedModel],
+    *,
+    chunk_size: int | None = None,
+    randomness: Randomness = "different",
+    generator: torch.Generator | None = None,
+) -> Ensemble:
+    """Adapted models of one base as one ensemble, which is run and trained in one pass.
+
+    Members may differ in rank, alpha and initialisation, and in where they adapt: a smaller rank is filled up with zeros,
+    exactly and for good; a member that does not adapt a place has the base's own weight there. Everything else of their
+    methods must agree. Their tensors are copied.
+
+    Args:
+        models: at least one; all adapted from the same model.
+        chunk_size: how many members run at a time; None for all at once. Fewer need less memory.
+        randomness: "different" random draws (dropout) for each member, or the "same".
+        generator: what the draws of each call are seeded from, so that they can be repeated and leave torch's global
+            generator alone; None for that one.
+
+    Raises:
+        AdaptError: if the members have different bases or cannot share a stack; it names the place and what differs.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> model = torch.nn.Linear(4, 2)
+        >>> ens = gf.stack([gf.adapt(model, gf.LoRA(rank=rank)) for rank in (1, 2, 3)])
+        >>> ens(torch.randn(5, 4)).shape, ens.map(torch.randn(3, 5, 4)).shape
+        (torch.Size([3, 5, 2]), torch.Size([3, 5, 2]))
+        >>> {name: tuple(tensor.shape) for name, tensor in ens.named_trainable_parameters()}
+        {'lora_B': (3, 2, 3), 'lora_A': (3, 3, 4)}
+    """
+    members = list(models)
+    if not members:
+        raise AdaptError("stack needs at least one adapted model")
+    for index, member in enumerate(members):
+        if not isinstance(member, AdaptedModel):
+            raise TypeError(f"stack takes adapted models, and item {index} is a {type(member).__name__}; adapt() makes one")
+        _check_alike(members[0], member, index)
+    recipe, tensors = share(members)
+    first = members[0]._body
+    buffers: dict[str, list[Tensor]] = {name: [] for name in kept(first.buffers)}
+    for member in members:
+        own = kept(member._body.buffers)
+        for name, stacked in buffers.items():
+            stacked.append(own[name].detach())
+    structure = Structure(first.structure.detached()) if first.is_made else None
+    made = Ensemble(first.base, structure, recipe, tensors, {name: torch.stack(rows) for name, rows in buffers.items()})
+    for mode in first.modes if structure is None else ():
+        made.train(mode)
+    made.chunk_size, made.randomness, made.generator = chunk_size, randomness, generator
+    return made
+
+
+def adapt_ensemble(
+    model: nn.Module | FrozenBase,
+    strategy: Any,
+    size: int,
+    *,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+    randomness: Randomness = "different",
+) -> Ensemble:
+    """An ensemble of `size` adapters of one strategy, which differ in what they start from.
+
+    It is `stack([adapt(model, strategy, generator=generator) for _ in range(size)])`, drawn in that order.
+
+    Args:
+        model: as of `adapt`.
+        strategy: as of `adapt`.
+        size: N, the number of members, at least 1.
+        generator: what initial values are drawn from; None for torch's global generator.
+        chunk_size: how many members run at a time; None for all at once.
+        randomness: "different" random draws (dropout) for each member, or the "same".
+
+    Raises:
+        AdaptError: as of `adapt`, and if the size is below 1.
+
+    Example:
+        >>> import torch, gift_func as gf
+        >>> ens = gf.adapt_ensemble(torch.nn.Linear(4, 2), gf.LoRA(rank=1), 8, generator=torch.Generator().manual_seed(0))
+        >>> len(ens), ens.adapter["lora_A"].shape
+        (8, torch.Size([8, 1, 4]))
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise AdaptError(f"an ensemble has a whole number of members, at least 1, got size={size!r}")
+    base = base_of(model)
+    members = [adapt(base, strategy, generator=generator) for _ in range(size)]
+    return stack(members, chunk_size=chunk_size, randomness=randomness)
+
+
+def _check_alike(first: AdaptedModel, member: AdaptedModel, index: int) -> None:
+    ours, theirs = first._body, member._body
+    if not ours.base.shares_tensors_with(theirs.base):
+        raise AdaptError(
+            f"member {index} was adapted from another model than member 0. Adapt all of one, whose tensors they then share."
+        )
+    if ours.base is theirs.base and not ours.is_made and not theirs.is_made and ours.modes == theirs.modes:
+        return
+    kinds, others = ({name: type(module) for name, module in body.outline.modules.items()} for body in (ours, theirs))
+    for name in kinds.keys() | others.keys():
+        if kinds.get(name) is not others.get(name):
+            raise AdaptError(
+                f"member {index} cannot share a stack with member 0: {name or 'the model'} is "
+                f"{_called(kinds.get(name))} in one and {_called(others.get(name))} in the other"
+            )
+    for name in kinds:
+        if ours.trains(name) != theirs.trains(name):
+            raise AdaptError(
+                f"member {index} cannot share a stack with member 0: {name or 'the model'} is in training mode in one of them "
+                "only. Call train() or eval() on both."
+            )
+
+
+def _called(kind: type | None) -> str:
+    return "missing" if kind is None else f"a {kind.__name__}"

@@ -1,0 +1,196 @@
+"""A function of one member run for all of them: under `vmap`, or one after another with the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..errors import AdaptError
+from ..gift_protocol import seeded
+from ..network.module_tree import Structure
+from .vmap_mode import Batching, DisagreementError
+
+_TENSOR = object()
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+Leaves = Sequence[Any]
+Stacks = Sequence[dict[str, Tensor]]
+Member = Callable[..., tuple[Any, dict[str, Tensor], bool]]
+
+
+class CannotBatchError(Exception):
+    """Torch cannot run the members at once; the message says why."""
+
+
+class Made:
+    """What some of the members returned.
+
+    Attributes:
+        tensors: the output's, each with the members first.
+        others: the output's leaves, `_TENSOR` where a tensor is.
+        spec: the output's tree.
+        after: the buffers, stacked.
+    """
+
+    def __init__(self, tensors: list[Tensor], others: list[Any], spec: TreeSpec, after: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.others = others
+        self.spec = spec
+        self.after = after
+
+    def output(self) -> Any:
+        """The output with its tensors in place."""
+        rest = iter(self.tensors)
+        return tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in self.others], self.spec)
+
+
+def batched(
+    member: Member, stacks: Stacks, leaves: Leaves, mapped: bool, randomness: str, size: int, chunk_size: int | None
+) -> tuple[Any, dict[str, Tensor]]:
+    """All members at once.
+
+    Args:
+        member: a member's share of each of `stacks`, and the leaves -> output, buffers, whether a checkpoint was met.
+        stacks: dicts of tensors whose first axis is the member.
+        leaves: the arguments' leaves; with `mapped`, the tensors among them have the member as first axis too.
+        mapped: whether they have.
+        randomness: "different" draws for each member, or the "same".
+        size: N, how many members there are.
+        chunk_size: how many members at a time; None for all.
+
+    Raises:
+        CannotBatchError: if an operation has no rule for it, decides by values, or would be run again by a checkpoint.
+    """
+    if torch.compiler.is_compiling():
+        whole = _together(member, stacks, leaves, mapped, randomness, nullcontext)
+        return whole.output(), whole.after
+    step = size if chunk_size is None else chunk_size
+    groups = [list(range(start, min(start + step, size))) for start in range(0, size, step)]
+    draws = _Draws(randomness)
+    done: list[tuple[list[int], Made]] = []
+    while groups:
+        rows = groups.pop(0)
+        shares = [{name: _rows(tensor, rows, size) for name, tensor in stack.items()} for stack in stacks]
+        given = [_rows(leaf, rows, size) if mapped and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        try:
+            with draws.again():
+                done.append((rows, _together(member, shares, given, mapped, randomness, Batching)))
+        except DisagreementError as found:
+            groups[:0] = [[rows[place] for place in group] for group in found.groups]
+        except RuntimeError as error:
+            raise CannotBatchError(str(error).split(". ")[0].split("\n")[0]) from error
+    made = _joined(done)
+    _check_plain(made.others)
+    return made.output(), made.after
+
+
+def one_by_one(
+    member: Member, stacks: Stacks, leaves: Leaves, mapped: bool, randomness: str, size: int
+) -> tuple[Any, dict[str, Tensor]]:
+    """The members one after another; arguments as of `batched`."""
+    draws = _Draws(randomness)
+    done = []
+    for index in range(size):
+        shares = [{name: tensor[index] for name, tensor in stack.items()} for stack in stacks]
+        own = [leaf[index] if mapped and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        with draws.again():
+            output, after, _ = member(*shares, own)
+        flat, others, spec = _flat(output)
+        _check_plain(others)
+        one = {name: tensor.unsqueeze(0) for name, tensor in after.items()}
+        done.append(([index], Made([tensor.unsqueeze(0) for tensor in flat], others, spec, one)))
+    made = _joined(done)
+    return made.output(), made.after
+
+
+class _Draws:
+    """With "same" randomness, every part of the members draws the same numbers, which no later call draws again."""
+
+    def __init__(self, randomness: str) -> None:
+        self._seed = int(torch.randint(2**62, ())) if randomness == "same" else None
+
+    def again(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._seed is None else seeded(torch.Generator().manual_seed(self._seed))
+
+
+def _together(
+    member: Member,
+    stacks: Stacks,
+    leaves: Leaves,
+    mapped: bool,
+    randomness: str,
+    around: Callable[[], AbstractContextManager[object]],
+) -> Made:
+    tensors = [leaf for leaf in leaves if mapped and isinstance(leaf, Tensor)]
+    seen: list[tuple[list[Any], TreeSpec]] = []
+
+    def one(shares: Any, given: Any) -> Any:
+        rest = iter(given)
+        own = [next(rest) if mapped and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        with around():
+            output, after, checkpointed = member(*shares, own)
+        if checkpointed and torch.is_grad_enabled():
+            raise CannotBatchError("gradient checkpointing runs parts of the network again in backward, outside of vmap")
+        flat, others, spec = _flat(output)
+        seen.append((others, spec))
+        return flat, after
+
+    found, after = torch.vmap(one, in_dims=(0, 0), out_dims=0, randomness=randomness)(list(stacks), tensors)
+    return Made(found, *seen[0], after)
+
+
+def _flat(output: Any) -> tuple[list[Tensor], list[Any], TreeSpec]:
+    leaves, spec = tree_flatten(output)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def _rows(tensor: Tensor, rows: list[int], size: int) -> Tensor:
+    """Some members' rows: a view, unless they are scattered."""
+    if len(rows) == size:
+        return tensor
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return tensor[rows[0] : rows[-1] + 1]
+    return tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _joined(done: Sequence[tuple[list[int], Made]]) -> Made:
+    """What the groups of members made, in the members' order."""
+    if len(done) == 1:
+        return done[0][1]
+    order = [row for rows, _ in done for row in rows]
+    back = None if order == sorted(order) else torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+    first = done[0][1]
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat(list(parts))
+        return whole if back is None else whole[back.to(whole.device)]
+
+    for _, made in done:
+        if len(made.tensors) != len(first.tensors) or made.spec != first.spec:
+            raise AdaptError("the members' outputs differ in structure, so they have no common leading axis; call them singly")
+    tensors = [join(parts) for parts in zip(*(made.tensors for _, made in done), strict=True)]
+    after = {name: join([made.after[name] for _, made in done]) for name in first.after}
+    return Made(tensors, first.others, first.spec, after)
+
+
+def _check_plain(leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if leaf is not _TENSOR and not isinstance(leaf, _PLAIN):
+            raise AdaptError(
+                f"the network's output holds a {type(leaf).__name__}, whose tensors the members cannot be told apart in. "
+                "Return tensors, in tuples, dicts or dataclasses that torch knows as trees; of a transformers model, pass "
+                "use_cache=False."
+            )
+
+
+def without_rule(structure: Structure) -> str | None:
+    """A module that torch cannot batch over weights."""
+    for name, module in structure.modules.items():
+        if isinstance(module, nn.RNNBase):
+            return f"torch has no batching rule for {name or 'the model'}, a {type(module).__name__}"
+    return None

@@ -1,0 +1,344 @@
+"""The seed's protocol: (check, action) pairs that walk a private copy and may replace its modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .errors import AdaptError
+from .methods import Method
+from .network.frozen_base import FrozenBase
+from .network.module_tree import Structure, clone, join
+from .select import Selector, Site
+from .strategy import Placement, Strategy
+
+Check = Callable[[nn.Module, str, str, str, nn.Module], bool]
+Action = Callable[..., Any]
+Cap = tuple[Check, Action, dict[str, Any]]
+
+
+class Rules(Protocol):
+    """What can be iterated over by index alone, as the seed's plain strategies can."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Pure:
+    """Base of actions that only read what they are handed and return methods.
+
+    A strategy made only of such actions is handed the base's own tensors instead of clones of them. Such an action is
+    asked about the model itself too, where others are only asked about the modules in it.
+    """
+
+
+def is_pure(caps: Iterable[Cap]) -> bool:
+    """Whether no action of the strategy can write to what it is handed."""
+    return all(isinstance(action, Pure) for _, action, _ in caps)
+
+
+def is_protocol(strategy: object) -> bool:
+    """Whether a strategy is an iterable of the seed's (check, action[, paras]) and not of (selector, method)."""
+    if isinstance(strategy, (Strategy, Method, Mapping, str)) or not _iterable(strategy):
+        return False
+    return any(not (isinstance(cap[0], (Selector, str)) or cap[0] is None or _takes_a_site(cap)) for cap in _items(strategy))
+
+
+def caps_of(strategy: object) -> list[Cap]:
+    """The strategy's (check, action, paras) triples.
+
+    Raises:
+        AdaptError: if an item has neither two nor three parts.
+    """
+    found = []
+    for cap in _items(strategy):
+        if len(cap) not in (2, 3):
+            raise AdaptError(f"a rule is (check, action) or (check, action, paras), got {len(cap)} parts: {cap!r}")
+        check, action, *rest = cap
+        found.append((check, action, dict(rest[0] or {}) if rest else {}))
+    return found
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a strategy's actions made of a private copy.
+
+    Attributes:
+        body: the copy, the base's tensors in place where no action changed them.
+        placements: the parameters that an action gave a method for.
+        fresh: the parameters that actions brought in or wrote to, by name.
+        changed: whether an action replaced or changed anything, so that the placements do not tell it all.
+    """
+
+    body: Structure
+    placements: list[Placement]
+    fresh: dict[str, nn.Parameter]
+    changed: bool
+
+
+def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | None = None) -> Operation:
+    """Walk a private copy from outside to inside; at every module the first check that holds has its action run.
+
+    An action may return a module, which takes the place of the one it was called for; a method, or a dict from names of
+    that module's parameters to methods, which adapt them; or nothing, having changed the parent or the module it was
+    handed, or in order to leave the module alone. The walk goes on below a module that was given a method, and not
+    below any other that an action ran for. A module that stands in several places is replaced by one and the same.
+
+    Args:
+        base: what the copy is made of; it is not changed.
+        caps: the strategy, as of `caps_of`.
+        generator: seeds the global random state while the actions run; that is then put back.
+
+    Raises:
+        AdaptError: if nothing comes of it, if an action returns anything else, or if actions contradict each other.
+    """
+    if is_pure(caps):
+        body = base.structure.copy(clone)
+        walk = _Walk(body, caps)
+        walk.run()
+        walk.check_found()
+        return Operation(body, walk.placements, {}, changed=False)
+    body = Structure(base.structure.detached(_handed))
+    origins = {id(tensor): name for name, tensor in zip(base.structure.places, _parameters(body).values(), strict=True)}
+    handed = [(tensor, tensor._version) for tensor in _parameters(body).values()]  # also keeps their ids taken
+    versions = {id(tensor): version for tensor, version in handed}
+    before = _census(body.module)
+    walk = _Walk(body, caps)
+    with seeded(generator):
+        root = walk.run()
+    after = _census(root)
+    changed = len(before) != len(after) or not all(map(is_, before, after))
+    body = Structure(root)
+    fresh: dict[str, nn.Parameter] = {}
+    for name, tensor in _parameters(body).items():
+        origin = origins.get(id(tensor))
+        if is_lazy(tensor):
+            raise AdaptError(f"an action made {name!r}, which is not initialised yet; give its module its sizes")
+        if origin is None or tensor._version != versions[id(tensor)] or _differs(tensor, base.weights[origin].dense()):
+            fresh[name] = nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad)
+    changed = changed or bool(fresh)
+    walk.check_found(changed)
+    _check_placements(walk.placements, body, fresh)
+    for name, tensor in _parameters(body).items():
+        if name not in fresh:
+            body.bind(name, base.tensors[origins[id(tensor)]])
+    return Operation(body, walk.placements, fresh, changed)
+
+
+class _Walk:
+    """One pass of a strategy over a private copy."""
+
+    def __init__(self, body: Structure, caps: Sequence[Cap]) -> None:
+        self.body = body
+        self.caps = caps
+        self.placements: list[Placement] = []
+        self.ran = 0
+        self._canonical = {alias: name for name, aliases in body.names.items() for alias in aliases}
+        self._taken: set[str] = set()
+        self._own = {id(module) for module in body.modules.values()}
+        # (module, rule) -> what took the module's place where it was met first.
+        self._replaced: dict[tuple[int, int], nn.Module] = {}
+
+    def run(self) -> nn.Module:
+        """Do it, and return the root, which is another module if an action replaced it."""
+        root = self.body.module
+        holder = nn.Module()
+        holder.add_module("model", root)
+        rules = list(enumerate(self.caps))
+        if root._modules:
+            rules = [(index, cap) for index, cap in rules if isinstance(cap[1], Pure)]
+        self._visit(holder, "model", "", rules)
+        if root._modules and holder.get_submodule("model") is root:
+            self._below(root, "")
+        return holder.get_submodule("model")
+
+    def check_found(self, changed: bool = False) -> None:
+        """Raise if nothing came of the walk."""
+        if changed or self.placements:
+            return
+        kinds = sorted({type(module).__name__ for module in self.body.modules.values()})
+        if self.ran:
+            raise AdaptError(
+                f"actions of the strategy ran for {self.ran} modules, but none replaced or changed anything or gave a method "
+                "for a parameter, so nothing would be adapted"
+            )
+        raise AdaptError(
+            f"no check of the strategy's {len(self.caps)} rules holds for any module, so nothing would be adapted. The model's "
+            f"module classes are {', '.join(kinds)}."
+        )
+
+    def _below(self, parent: nn.Module, path: str) -> None:
+        rules = list(enumerate(self.caps))
+        for name in list(parent._modules):
+            child = parent._modules.get(name)
+            # What is None, or was removed or put there by an action, is none of the strategy's business.
+            if child is not None and id(child) in self._own and self._visit(parent, name, join(path, name), rules):
+                self._below(child, join(path, name))
+
+    def _visit(self, parent: nn.Module, name: str, global_name: str, rules: Sequence[tuple[int, Cap]]) -> bool:
+        """Run the first action whose check holds; whether the walk goes on below the module."""
+        module: nn.Module = getattr(parent, name)
+        kind = type(module).__name__
+        for index, (check, action, paras) in rules:
+            if not check(parent, name, global_name, kind, module):
+                continue
+            if (id(module), index) in self._replaced:
+                setattr(parent, name, self._replaced[id(module), index])
+                return False
+            self.ran += 1
+            outcome = action(parent, name, global_name, kind, module, **paras)
+            if isinstance(outcome, nn.Module):
+                setattr(parent, name, outcome)
+            stands = getattr(parent, name, None)
+            if stands is not module:
+                if isinstance(stands, nn.Module):
+                    self._replaced[id(module), index] = stands
+                return False
+            if isinstance(outcome, (Method, Mapping)):
+                self._place(module, global_name, outcome)
+                return True
+            if outcome is not None and not isinstance(outcome, nn.Module):
+                given = outcome.__name__ + " itself" if isinstance(outcome, type) else f"a {type(outcome).__name__}"
+                raise AdaptError(
+                    f"the action for {global_name or 'the model'} returned {given}: an action returns a module, a method "
+                    "such as gf.LoRA(), a dict from parameter names to methods, or nothing after it changed the parent"
+                )
+            return False
+        return True
+
+    def _place(self, module: nn.Module, module_name: str, outcome: Method | Mapping[str, Method]) -> None:
+        where = f"{module_name or 'the model'}, a {type(module).__name__}"
+        sites = {
+            name: Site(join(module_name, name), module_name, name, module, parameter)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        if isinstance(outcome, Mapping):
+            unknown = [name for name in outcome if name not in sites]
+            if unknown:
+                raise AdaptError(
+                    f"an action gave a method for {unknown[0]!r} of {where}, which has {', '.join(sites) or 'none'}"
+                )
+            chosen = [(sites[name], method) for name, method in outcome.items()]
+            for site, method in chosen:
+                reason = method.refuses(site)
+                if reason is not None:
+                    raise AdaptError(f"{method} cannot adapt {site.name!r}: it needs {reason}")
+        else:
+            usual = [site for site in sites.values() if outcome.takes(site)]
+            chosen = [(site, outcome) for site in usual or [s for s in sites.values() if not outcome.refuses(s)]]
+            overlooked = outcome.overlooks(module)
+            if not usual and overlooked is not None:
+                raise AdaptError(
+                    f"{overlooked} of {where}, is computed from other parameters (a parametrization), so {outcome} has no "
+                    "parameter to adapt. Remove the parametrization from a copy of the model, or leave the module out."
+                )
+            if sites and not chosen:
+                raise AdaptError(f"{outcome} cannot adapt any parameter of {where}")
+        for site, method in chosen:
+            lead = self._add(site, method)
+            for param_name, companion in method.at(site).companions(site).items():
+                if lead and param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
+                    self._add(sites[param_name], companion, lead)
+
+    def _add(self, site: Site, method: Method, lead: Placement | None = None) -> Placement | None:
+        name = self._canonical[site.name]
+        if name in self._taken:  # a tied parameter is adapted once
+            return None
+        self._taken.add(name)
+        self.placements.append(Placement(name, site, method.at(site), method, lead))
+        return self.placements[-1]
+
+
+def _check_placements(placements: Iterable[Placement], body: Structure, fresh: Mapping[str, nn.Parameter]) -> None:
+    """Raise if a parameter that an action gave a method for is no longer there, or not as it was."""
+    standing = _parameters(body)
+    for placement in placements:
+        if standing.get(placement.name) is not placement.site.parameter:
+            raise AdaptError(
+                f"an action gave a method for {placement.site.name!r}, and another one replaced {placement.name!r}, which is "
+                "the same parameter. Let only one of the strategy's checks hold there."
+            )
+        if placement.name in fresh:
+            raise AdaptError(
+                f"{placement.method} was given for {placement.name!r}, and an action wrote to that parameter, which makes it a "
+                "trained one. Do one or the other."
+            )
+
+
+def _handed(parameter: Tensor) -> Tensor:
+    """A copy of a parameter for actions, which may write to it."""
+    return nn.Parameter(clone(parameter), requires_grad=parameter.dtype.is_floating_point)
+
+
+def _differs(tensor: Tensor, original: Tensor) -> bool:
+    """Whether a handed-out copy was written to by a way (`.data`) that leaves no trace but the values."""
+    if tensor.shape != original.shape or tensor.dtype != original.dtype or tensor.device != original.device:
+        return True
+    if tensor.is_meta or torch.equal(tensor, original):
+        return False
+    return not (tensor.dtype.is_floating_point and torch.allclose(tensor, original, rtol=0, atol=0, equal_nan=True))
+
+
+def _census(root: nn.Module) -> list[object]:
+    """Every object that the tree's modules hold, hooks and parameters included: others, once anything was rebound."""
+    found: list[object] = []
+    for module in root.modules():
+        found.append(module)
+        for name, value in module.__dict__.items():
+            if name not in ("training", "_parameters", "_buffers", "_modules"):
+                found.append(value)
+            if isinstance(value, dict):
+                found.extend(value.values())
+    return found
+
+
+def _parameters(body: Structure) -> dict[str, nn.Parameter]:
+    return {name: body.tensor(name) for name in body.places}
+
+
+@contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """With a generator, new modules draw from a state seeded by it, and the global random state stays as it was."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+def _iterable(strategy: object) -> bool:
+    return isinstance(strategy, Iterable) or hasattr(strategy, "__getitem__")
+
+
+def _items(strategy: Any) -> list[Any]:
+    items = list(strategy)
+    for item in items:
+        if not isinstance(item, Sequence) or isinstance(item, str) or not item:
+            raise TypeError(f"a strategy's rules are pairs such as (selector, method) or (check, action), got {item!r}")
+    return items
+
+
+def _takes_a_site(cap: Sequence[Any]) -> bool:
+    """Whether a rule's left side is a function of a Site: a method stands at its right and it takes one argument."""
+    if len(cap) != 2 or not isinstance(cap[1], Method) or not callable(cap[0]):
+        return False
+    try:
+        parameters = inspect.signature(cap[0]).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(required) == 1

@@ -1,0 +1,212 @@
+"""A PEFT file in the making: which parts of an adapter go where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...adapted_model import AdaptedModel
+from ...errors import AdaptError
+from ...methods import Diff, Full, TrainableTokens
+from ...methods.ia3 import ScaledBias
+from ...network.runner import Part
+from ...select import Site
+from . import config as configs
+from .keys import Entry, Paths
+
+Value = TypeVar("Value", bound=Hashable)
+
+
+class Draft:
+    """Collects the file's tensors and config.
+
+    Attributes:
+        parts: the adapted parameters of the file's method, by name.
+        biases: the changes of biases that go along with a module's change.
+        tokens: the embeddings with replaced rows.
+        whole: the parameters that are trained whole.
+        tensors: what the weight file holds.
+        config: the method's own keys.
+        tied: whether PEFT, too, keeps tied parameters tied.
+    """
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        body = adapted._body
+        if body.base.slots:
+            raise AdaptError(
+                "the model was adapted on top of another adapter, which PEFT's file would leave out. Save an adapter of "
+                "adapted.merge() of the lower one, or save it natively (gf.save_adapter)."
+            )
+        self.base = body.base
+        self.root = body.base.structure.module
+        self.modules = body.base.structure.modules
+        self.groups = {site.name: group for group in body.base.sites() for site in group}
+        self.state = adapted.adapter_state_dict()
+        self.buffers = {name: buffer for name, _, _, buffer in body.structure.buffers()}
+        self.changed = self.state.keys() - adapted.adapter.keys()
+        self.parts: dict[str, Part] = {}
+        self.biases: dict[str, Part] = {}
+        self.tokens: dict[str, Part] = {}
+        self.whole: dict[str, Part] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.config: dict[str, Any] = {}
+        self.tied = False
+        for part in adapted.parts:
+            if part.name not in self.groups:
+                raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no PEFT file can hold")
+            roles: list[tuple[type, dict[str, Part]]] = [
+                (Full, self.whole),
+                (Diff, self.biases),
+                (ScaledBias, self.biases),
+                (TrainableTokens, self.tokens),
+                (object, self.parts),
+            ]
+            next(found for kind, found in roles if isinstance(part.method, kind))[part.name] = part
+
+    def site(self, name: str, tied: bool = False) -> Site:
+        """Where an adapted parameter is.
+
+        Raises:
+            AdaptError: if it is tied, which PEFT would not keep.
+        """
+        group = self.groups[name]
+        if len(group) > 1 and not (tied or self.tied):
+            others = ", ".join(site.name for site in group[1:])
+            raise AdaptError(f"{name!r} is one with {others}, and PEFT would adapt one of them alone. Save it natively.")
+        if not group[0].module_name:
+            raise AdaptError(f"{name!r} belongs to the model itself; PEFT adapts modules inside of one. Put it in one.")
+        return group[0]
+
+    def ties(self, name: str) -> bool:
+        """Whether PEFT can keep a tied parameter tied: that of an embedding and a head, in a transformers model."""
+        tied = getattr(getattr(self.root, "config", None), "tie_word_embeddings", False)
+        first, *others = self.groups[name]
+        heads = all(isinstance(site.module, nn.Linear) for site in others)
+        return bool(tied) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
+
+    def put(self, part: Part, entries: Iterable[Entry]) -> None:
+        """Write the tensors of one part."""
+        for entry in entries:
+            self.tensors[entry.key] = entry.write(self.state[part.names[entry.local]])
+
+    def target(self, chosen: Collection[str]) -> None:
+        """Name the modules to adapt."""
+        others = [name for name in self.modules if name and name not in chosen]
+        self.config["target_modules"] = configs.shortest(chosen, others)
+
+    def pattern(self, field: str, values: Mapping[str, Any], exact: bool = False) -> Any:
+        """The value that most places share; the others go into a pattern.
+
+        Args:
+            field: the key of the pattern.
+            values: the value for each place.
+            exact: whether PEFT takes the pattern's keys letter by letter.
+        """
+        default = most_common(values.values())
+        found = {name if exact else f"^{_escaped(name)}": value for name, value in values.items() if value != default}
+        self.config[field] = found
+        return default
+
+    def save_whole(self, paths: Paths, takes_biases: bool) -> None:
+        """Write the parameters that are trained whole: as biases, or with the whole of their module."""
+        saved = {self.groups[name][0].module_name: name for name in self.whole if not self._is_bias(name, takes_biases)}
+        if "" in saved:
+            raise AdaptError(f"{saved['']!r} is a parameter of the model itself; PEFT saves modules whole. Save it natively.")
+        matched = [name for name in self.modules if any(name.endswith(end) for end in saved)]
+        for name in matched:
+            self.save_module(name, paths.outside(name))
+        self.config["modules_to_save"] = sorted(saved) or None
+        inside = tuple(f"{name}." for name in matched)
+        biases = [name for name in self.whole if not name.startswith(inside)]
+        for name in biases:
+            module_name = self.site(name).module_name
+            self.put(self.whole[name], [Entry(f"{paths.inside(module_name)}.bias", "")])
+        if takes_biases:
+            beside = all(self.groups[name][0].module_name in paths.wrappers for name in biases)
+            self.config["bias"] = "none" if not biases else "lora_only" if beside else "all"
+        self.lose_nothing(inside)
+
+    def lose_nothing(self, inside: tuple[str, ...]) -> None:
+        """Refuse buffers that changed and have no place.
+
+        Args:
+            inside: how the names of those begin that have one.
+        """
+        lost = next((name for name in sorted(self.changed) if not name.startswith(inside)), None)
+        if lost is not None:
+            raise AdaptError(
+                f"the buffer {lost!r} differs from the base's, and PEFT's file has no place for it. Train its parameters whole "
+                "(gf.NormTuning, gf.Full), keep it in eval mode, or save natively."
+            )
+
+    def _is_bias(self, name: str, takes_biases: bool) -> bool:
+        site = self.groups[name][0]
+        beside = name.rpartition(".")[0]
+        others = any(other.rpartition(".")[0] == beside and other != name for other in self.whole)
+        return takes_biases and site.param_name == "bias" and not others
+
+    def save_module(self, name: str, path: str) -> None:
+        """Write a whole module, its buffers too, under a path of the file."""
+        module, inside = self.modules[name], f"{name}."
+        for param_name, _ in module.named_parameters():
+            group = self.groups[inside + param_name]
+            own = group[0].name
+            if own in self.parts or own in self.tokens or own in self.biases:
+                raise AdaptError(f"PEFT saves {name!r} whole, so {own!r} inside of it cannot be adapted otherwise")
+            if own in self.whole and not all(site.name.startswith(inside) for site in group):
+                raise AdaptError(f"{own!r} is tied to what is outside of {name!r}, and PEFT would save one of them alone")
+            tensor = self.state[self.whole[own].names[""]] if own in self.whole else self.base.weights[own].dense()
+            self.tensors[f"{path}.{param_name}"] = tensor.detach()
+        for buffer_name in module.state_dict():
+            if inside + buffer_name in self.buffers:
+                self.tensors[f"{path}.{buffer_name}"] = self.buffers[inside + buffer_name].detach()
+
+    def finish(self) -> None:
+        """Check that the config leads to just these places.
+
+        Raises:
+            AdaptError: if it cannot.
+        """
+        found = {name for name in self.modules if name and configs.targets(self.config, name)}
+        wanted = self.config.get("target_modules") or []
+        meant = {name for name in self.modules if name and configs.matches(wanted, name)}
+        if found != meant:
+            raise AdaptError(
+                f"PEFT cannot both save a module whole and adapt what its name matches: {sorted(meant - found)[0]!r}. "
+                "Save the adapter natively."
+            )
+
+
+def most_common(values: Iterable[Value]) -> Value:
+    """The value that occurs most, the first of them."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def one(what: str, values: Sequence[Value]) -> Value:
+    """The value that all places share.
+
+    Raises:
+        AdaptError: if they do not.
+    """
+    if len(set(values)) > 1:
+        shown = ", ".join(sorted(map(str, set(values))))
+        raise AdaptError(f"PEFT's config has one {what} for all places, and the adapter has {shown}. Save it natively.")
+    return values[0]
+
+
+def number(value: float) -> float:
+    """A whole number as an int, as PEFT writes them."""
+    return int(value) if float(value).is_integer() else value
+
+
+def zeros(parameter: Tensor, *shape: int) -> Tensor:
+    """A factor that changes nothing."""
+    return torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")

@@ -1,0 +1,1 @@
+"""Autograd functions that compute a whole layer in one pass."""

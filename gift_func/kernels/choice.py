@@ -1,0 +1,34 @@
+"""When a layer may be computed in one piece by an `autograd.Function` of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import is_transformed
+
+
+def fuses(x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor) -> bool:
+    """Whether gradients are on, nothing transforms the layer, and its tensors are plain ones of one wide element type.
+
+    Under `torch.func` transforms and `torch.compile` separate operations are faster (measured: 2 to 8 networks of 128 to
+    1,024 tokens each). In a narrow type a weight that is formed in between would round a small change away.
+
+    Args:
+        x: `(..., in)`.
+        weight: W, which must be a frozen matrix.
+        bias: its bias.
+        own: what the adapter holds.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.ndim < 2 or weight.ndim != 2:
+        return False
+    if weight.requires_grad or autocasts(x) or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    tensors = (x, weight, own) if bias is None else (x, weight, own, bias)
+    return all(type(t) in (Tensor, nn.Parameter) and t.dtype == weight.dtype and not is_transformed(t) for t in tensors)
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor lies, so that operations choose their element types themselves."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -1,1 +1,0 @@
-"""Many adapters on one base: ensembles, banks, stores and sweeps."""

@@ -1,0 +1,1 @@
+"""What is run: the frozen base, and private copies of its modules with tensors bound in them."""

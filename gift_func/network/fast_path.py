@@ -1,0 +1,45 @@
+"""Torch's fused inference kernels for transformer encoders, which take no slots.
+
+In eval and without gradients `nn.TransformerEncoderLayer` runs as one fused kernel, and
+`nn.TransformerEncoder` packs a padded batch into a nested tensor that only these kernels accept
+(its padded positions come out as zeros). Both are decided by looking for tensors with overrides,
+the encoder looking at its first layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import is_transformed
+from .module_tree import Structure, join
+
+
+def fused_names(body: Structure, adapted: Collection[str]) -> frozenset[str]:
+    """The adapted parameters that a fused kernel would read."""
+    layers = [module for module in body.modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
+    if not layers:
+        return frozenset()
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return frozenset(name for name in adapted if any(id(module) in inside for module, _ in body.places[name]))
+
+
+def runs_fused(body: Structure, tensors: Collection[Tensor]) -> bool:
+    """Whether a call under way would take the fused kernels if there were no slots."""
+    return not torch.is_grad_enabled() and not body.module.training and not any(map(is_transformed, tensors))
+
+
+def guards(body: Structure, adapted: Collection[str]) -> list[str]:
+    """Parameters that must be slots too, lest an encoder with adapted layers packs its batch for unadapted ones."""
+    found: list[str] = []
+    for path, module in body.modules.items():
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
+        if not any(f"{name}.".startswith(join(path, "layers.")) for name in adapted):
+            continue
+        first = join(path, "layers.0.")
+        if not any(name.startswith(first) for name in adapted):
+            found.extend(name for name in body.places if name.startswith(first))
+    return found
