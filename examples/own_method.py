@@ -25,10 +25,10 @@ class ScaleAndNudge(gf.Method):
 
     spread: float = 0.02
 
-    def refuses(self, site: gf.Site) -> str | None:
+    def why_not(self, site: gf.Site) -> str | None:
         return None if site.parameter.ndim == 2 else "a matrix"
 
-    def init(self, site: gf.Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: gf.Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         zeros = site.parameter.new_zeros(site.parameter.shape[0])
         v = torch.empty_like(site.parameter[0]).normal_(std=self.spread, generator=generator)
         return {"nudge_g": zeros, "nudge_u": zeros.clone(), "nudge_v": v}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from .adapted_model import AdaptedModel, filled
 from .gift_protocol import Rules, caps_of, is_protocol, operate, seeded
 from .initialise import Initial, Shapes, parts_of
-from .methods import Full, Graft, Method
+from .methods import Full, Method, ModuleMethod
 from .network.frozen_base import BaseView, FrozenBase, as_tensor
-from .network.module_tree import Structure, clone
-from .network.runner import Part
+from .network.module_tree import ModuleTree, clone
+from .network.runner import AdaptedParameter
 from .strategy import Placement, Strategy
 
 
@@ -72,7 +72,7 @@ def readapt(
     known = base.plans.get(strategy) if isinstance(strategy, Strategy) else None
     if known is None:
         base, body, parts, shapes, rules = _plan(base, strategy, Shapes())
-        if rules is not None and rules.is_data and not any(isinstance(method, Graft) for _, method in rules.rules):
+        if rules is not None and rules.is_data and not any(isinstance(method, ModuleMethod) for _, method in rules.rules):
             base.plans = {rules: (parts, shapes)}  # files of one base mostly have one strategy
     else:
         (parts, shapes), body, rules = known, None, strategy
@@ -88,8 +88,8 @@ def _adapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Ini
 
 class _Plan(NamedTuple):
     base: FrozenBase
-    body: Structure | None
-    parts: list[Part]
+    body: ModuleTree | None
+    parts: list[AdaptedParameter]
     tensors: dict[str, nn.Parameter]
     rules: Strategy | None
 
@@ -101,13 +101,13 @@ def _plan(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Init
         plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
         found = rules.place(base, plain)
         body, fresh = _grafted(base, found, initial.generator)
-        placements = [placement for placement in found if not isinstance(placement.method, Graft)]
+        placements = [placement for placement in found if not isinstance(placement.method, ModuleMethod)]
     else:
         operation = operate(base, caps_of(strategy), initial.generator)
         body, fresh, placements = operation.body, operation.fresh, operation.placements
         rules = None if operation.changed else Strategy.by_name(placements)
     parts, tensors = parts_of(placements, initial, fresh)
-    parts.extend(Part(name, Full(), {"": name}) for name in fresh)
+    parts.extend(AdaptedParameter(name, Full(), {"": name}) for name in fresh)
     return _Plan(base, body, parts, {**tensors, **fresh}, rules)
 
 
@@ -128,7 +128,7 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
     """An adapted model as the base of further ones: structured weights and buffers as they are now."""
     body = adapted._body
     tensors = {name: clone(tensor) for name, tensor in adapted.adapter.items()}
-    structure = Structure(body.structure.detached())
+    structure = ModuleTree(body.structure.detached())
     for name, weight in body.weights(tensors).items():
         structure.bind(name, as_tensor(weight.eval()))
     trainable = frozenset(structure.places) & (body.base.trainable | {part.name for part in body.parts})
@@ -137,9 +137,9 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
 
 def _grafted(
     base: FrozenBase, placements: Sequence[Placement], generator: torch.Generator | None
-) -> tuple[Structure | None, dict[str, nn.Parameter]]:
+) -> tuple[ModuleTree | None, dict[str, nn.Parameter]]:
     """A body with the modules that placements add, if they do, and those modules' parameters."""
-    grafts = [(placement.name, placement.method) for placement in placements if isinstance(placement.method, Graft)]
+    grafts = [(placement.name, placement.method) for placement in placements if isinstance(placement.method, ModuleMethod)]
     if not grafts:
         return None, {}
     body = base.structure.copy(clone)
@@ -147,5 +147,5 @@ def _grafted(
     with seeded(generator):
         for name, method in grafts:
             method.graft(body.modules[name])
-    body = Structure(body.module)
+    body = ModuleTree(body.module)
     return body, {name: body.tensor(name) for name in body.places if id(body.tensor(name)) not in known}

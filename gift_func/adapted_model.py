@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from .adapter_dict import AdapterDict
 from .errors import AdaptError, StateError, nearest
 from .methods import Method
-from .methods.module_method import Scion
+from .methods.module_method import AddedModule
 from .network.frozen_base import BaseView, FrozenBase
-from .network.module_tree import Buffers, Structure, clone, copied, kept, named
-from .network.runner import Body, Part
+from .network.module_tree import Buffers, ModuleTree, clone, copied, named, persistent
+from .network.runner import AdaptedParameter, Runner
 from .printing import summary, tree
 from .strategy import Strategy
 from .weights import Slot
@@ -49,19 +49,19 @@ class AdaptedModel(nn.Module):
     def __init__(
         self,
         base: FrozenBase,
-        structure: Structure | None,
-        parts: Sequence[Part],
+        structure: ModuleTree | None,
+        parts: Sequence[AdaptedParameter],
         tensors: Mapping[str, nn.Parameter],
         strategy: Strategy | None,
         buffers: dict[str, Buffers] | None = None,
     ) -> None:
         super().__init__()
-        self._body = Body(base, structure, parts, buffers)
+        self._body = Runner(base, structure, parts, buffers)
         self._view: BaseView | None = None
         self.strategy = strategy
         self.training = self._body.training
         self.adapter = AdapterDict(tensors, self._body.buffers)
-        self._body.rest(self.adapter.current())
+        self._body.bind_between_calls(self.adapter.current())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted network's forward, in the base model's own signature."""
@@ -84,7 +84,7 @@ class AdaptedModel(nn.Module):
                 raise
         if torch.compiler.is_compiling():
             self._body.ready()
-        self._body.settle(self.adapter.current())
+        self._body.rebind_if_replaced(self.adapter.current())
         module = self._body.module
         try:
             found = getattr(module, name)
@@ -108,7 +108,7 @@ class AdaptedModel(nn.Module):
     # --- adapters
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[AdaptedParameter, ...]:
         """The adapted parameters, with their methods and the names of their tensors."""
         return self._body.parts
 
@@ -136,7 +136,7 @@ class AdaptedModel(nn.Module):
         """
         state = {name: parameter.detach() for name, parameter in self.adapter.items()}
         pristine = self._pristine()
-        for name, buffer in kept(self._body.buffers).items():
+        for name, buffer in persistent(self._body.buffers).items():
             if name not in pristine or not _equal(buffer, pristine[name]):
                 state[name] = buffer.detach()
         return state
@@ -164,13 +164,13 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: before anything is written.
         """
-        left_out = _check(state, dict(self.adapter.items()), kept(self._body.buffers), strict)
+        left_out = _check(state, dict(self.adapter.items()), persistent(self._body.buffers), strict)
         pristine = self._pristine() if strict else {}
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 if name in state:
                     parameter.copy_(state[name])
-            for name, buffer in kept(self._body.buffers).items():
+            for name, buffer in persistent(self._body.buffers).items():
                 source = state[name] if name in state else pristine.get(name)
                 if source is not None:
                     buffer.copy_(source)
@@ -185,10 +185,10 @@ class AdaptedModel(nn.Module):
         Raises:
             AdaptError: if a method added modules (Bottleneck), which no weight can take in.
         """
-        self._body.settle(self.adapter.current())
+        self._body.rebind_if_replaced(self.adapter.current())
         base, structure = self._body.base, self._body.structure
         for name, module in structure.modules.items():
-            if isinstance(module, Scion):
+            if isinstance(module, AddedModule):
                 raise AdaptError(f"{name!r} was added to the network and is part of no weight, so it cannot be merged")
         learned = {
             id(structure.tensor(name)) for name in structure.places if name in base.trainable or name not in base.weights
@@ -207,13 +207,13 @@ class AdaptedModel(nn.Module):
         """Set training mode for the adapter and the private copy of the network; the user's model is not touched."""
         super().train(mode)
         self._body.train(mode)
-        self._body.rest(self.adapter.current())
+        self._body.bind_between_calls(self.adapter.current())
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._body.rebase(self._body.base.apply(fn))
-        self._body.rest(self.adapter.current())
+        self._body.bind_between_calls(self.adapter.current())
         self._view = None
         return self
 
@@ -263,7 +263,7 @@ class AdaptedModel(nn.Module):
 def filled(
     base: FrozenBase,
     held: Mapping[str, Buffers],
-    parts: Sequence[Part],
+    parts: Sequence[AdaptedParameter],
     adapter: Mapping[str, nn.Parameter],
     state: Tensors,
     owned: bool = False,
@@ -278,7 +278,7 @@ def filled(
     Raises:
         StateError: if a name is missing or unknown, or a shape differs; nothing is written then.
     """
-    _check(state, adapter, kept(held), strict=True)
+    _check(state, adapter, persistent(held), strict=True)
     buffers = copied(held, {**named(base.structure.held()), **{name: state[name] for name in state if name not in adapter}})
     tensors: dict[str, nn.Parameter] = {}
     for part in parts:
@@ -293,9 +293,9 @@ def filled(
     return tensors, buffers
 
 
-def kept_buffers(structure: Structure) -> dict[str, Tensor]:
+def persistent_buffers(structure: ModuleTree) -> dict[str, Tensor]:
     """The persistent buffers, by global name."""
-    return kept(structure.held())
+    return persistent(structure.held())
 
 
 def _check(state: Tensors, adapter: Tensors, buffers: Tensors, strict: bool) -> IncompatibleKeys:
@@ -323,6 +323,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _restore(
-    base: FrozenBase, module: nn.Module, parts: Sequence[Part], tensors: dict[str, nn.Parameter], strategy: Strategy | None
+    base: FrozenBase,
+    module: nn.Module,
+    parts: Sequence[AdaptedParameter],
+    tensors: dict[str, nn.Parameter],
+    strategy: Strategy | None,
 ) -> AdaptedModel:
-    return AdaptedModel(base, Structure(module), parts, tensors, strategy)
+    return AdaptedModel(base, ModuleTree(module), parts, tensors, strategy)

@@ -45,7 +45,7 @@ class AdapterDict(nn.ParameterDict):
 
     Args:
         tensors: global name -> parameter.
-        held: the network's buffers, as `Structure.held` gives them, which go along.
+        held: the network's buffers, as `ModuleTree.held` gives them, which go along.
     """
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], held: Mapping[str, Buffers]) -> None:
@@ -61,8 +61,8 @@ class AdapterDict(nn.ParameterDict):
             self._places[name] = parameters, attribute
             step = name.partition(".")[0]
             self.tree_names[join(_tree_path(path), attribute) if path and step in _TAKEN else name] = name
-        for path, (buffers, passing) in held.items():
-            vars(_node(nodes, path)).update(_buffers=buffers, _non_persistent_buffers_set=passing)
+        for path, (buffers, non_persistent) in held.items():
+            vars(_node(nodes, path)).update(_buffers=buffers, _non_persistent_buffers_set=non_persistent)
 
     def __getitem__(self, key: str) -> Any:
         """The parameter under a global name.

@@ -149,7 +149,7 @@ class _Calibrated(Initial):
         if rows is None:
             return super().own(placement)
         device = placement.site.parameter.device
-        tensors = placement.method.init(placement.site, torch.Generator(device))  # what it draws is replaced
+        tensors = placement.method.init_tensors(placement.site, torch.Generator(device))  # what it draws is replaced
         return {**tensors, "lora_A": rows.reshape(tensors["lora_A"].shape).to(tensors["lora_A"])}
 
 
@@ -203,8 +203,8 @@ def _spectra(
 def _refuses(method: Method, module: nn.Module, attribute: str) -> str | None:
     """What is missing for a module's inputs to be those of LoRA's A."""
     assert isinstance(method, LoRA)
-    if method.initialization != "kaiming":
-        return f"the method sets A by init={method.initialization!r}, and EVA sets it by data; leave init at 'kaiming'"
+    if method.init != "kaiming":
+        return f"the method sets A by init={method.init!r}, and EVA sets it by data; leave init at 'kaiming'"
     if isinstance(module, CONVOLUTIONS):
         if module.groups > 1:
             return f"it needs groups=1, since each group has its own share of the rank, and has groups={module.groups}"
@@ -274,7 +274,7 @@ def _redistributed(strategy: Strategy, taken: Iterable[tuple[int, Placement]], r
         if index in found:
             assert isinstance(method, LoRA)
             rank_pattern, alpha_pattern = found[index]
-            method = method.but(rank_pattern=FrozenMap(rank_pattern), alpha_pattern=FrozenMap(alpha_pattern))
+            method = method.replace(rank_pattern=FrozenMap(rank_pattern), alpha_pattern=FrozenMap(alpha_pattern))
         rules.append((Regex("|".join(names[index])), method))
     return Strategy(rules)
 

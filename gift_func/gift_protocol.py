@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AdaptError
 from .methods import Method
 from .network.frozen_base import FrozenBase
-from .network.module_tree import Structure, clone, join
+from .network.module_tree import ModuleTree, clone, join
 from .select import Selector, Site
 from .strategy import Placement, Strategy
 
@@ -78,7 +78,7 @@ class Operation:
         changed: whether an action replaced or changed anything, so that the placements do not tell it all.
     """
 
-    body: Structure
+    body: ModuleTree
     placements: list[Placement]
     fresh: dict[str, nn.Parameter]
     changed: bool
@@ -106,7 +106,7 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         walk.run()
         walk.check_found()
         return Operation(body, walk.placements, {}, changed=False)
-    body = Structure(base.structure.detached(_handed))
+    body = ModuleTree(base.structure.detached(_handed))
     origins = {id(tensor): name for name, tensor in zip(base.structure.places, _parameters(body).values(), strict=True)}
     handed = [(tensor, tensor._version) for tensor in _parameters(body).values()]  # also keeps their ids taken
     versions = {id(tensor): version for tensor, version in handed}
@@ -116,7 +116,7 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         root = walk.run()
     after = _census(root)
     changed = len(before) != len(after) or not all(map(is_, before, after))
-    body = Structure(root)
+    body = ModuleTree(root)
     fresh: dict[str, nn.Parameter] = {}
     for name, tensor in _parameters(body).items():
         origin = origins.get(id(tensor))
@@ -136,7 +136,7 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
 class _Walk:
     """One pass of a strategy over a private copy."""
 
-    def __init__(self, body: Structure, caps: Sequence[Cap]) -> None:
+    def __init__(self, body: ModuleTree, caps: Sequence[Cap]) -> None:
         self.body = body
         self.caps = caps
         self.placements: list[Placement] = []
@@ -229,13 +229,13 @@ class _Walk:
                 )
             chosen = [(sites[name], method) for name, method in outcome.items()]
             for site, method in chosen:
-                reason = method.refuses(site)
+                reason = method.why_not(site)
                 if reason is not None:
                     raise AdaptError(f"{method} cannot adapt {site.name!r}: it needs {reason}")
         else:
-            usual = [site for site in sites.values() if outcome.takes(site)]
-            chosen = [(site, outcome) for site in usual or [s for s in sites.values() if not outcome.refuses(s)]]
-            overlooked = outcome.overlooks(module)
+            usual = [site for site in sites.values() if outcome.is_default_site(site)]
+            chosen = [(site, outcome) for site in usual or [s for s in sites.values() if not outcome.why_not(s)]]
+            overlooked = outcome.computed_weight_name(module)
             if not usual and overlooked is not None:
                 raise AdaptError(
                     f"{overlooked} of {where}, is computed from other parameters (a parametrization), so {outcome} has no "
@@ -245,7 +245,7 @@ class _Walk:
                 raise AdaptError(f"{outcome} cannot adapt any parameter of {where}")
         for site, method in chosen:
             lead = self._add(site, method)
-            for param_name, companion in method.at(site).companions(site).items():
+            for param_name, companion in method.for_site(site).companions(site).items():
                 if lead and param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
                     self._add(sites[param_name], companion, lead)
 
@@ -254,11 +254,11 @@ class _Walk:
         if name in self._taken:  # a tied parameter is adapted once
             return None
         self._taken.add(name)
-        self.placements.append(Placement(name, site, method.at(site), method, lead))
+        self.placements.append(Placement(name, site, method.for_site(site), method, lead))
         return self.placements[-1]
 
 
-def _check_placements(placements: Iterable[Placement], body: Structure, fresh: Mapping[str, nn.Parameter]) -> None:
+def _check_placements(placements: Iterable[Placement], body: ModuleTree, fresh: Mapping[str, nn.Parameter]) -> None:
     """Raise if a parameter that an action gave a method for is no longer there, or not as it was."""
     standing = _parameters(body)
     for placement in placements:
@@ -301,7 +301,7 @@ def _census(root: nn.Module) -> list[object]:
     return found
 
 
-def _parameters(body: Structure) -> dict[str, nn.Parameter]:
+def _parameters(body: ModuleTree) -> dict[str, nn.Parameter]:
     return {name: body.tensor(name) for name in body.places}
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import AdaptError
 from .methods import Method
 from .methods.method import is_by_shape
-from .network.runner import Part
+from .network.runner import AdaptedParameter
 from .select import Site
 from .strategy import Placement
 
@@ -46,7 +46,7 @@ class Initial:
         site = placement.site
         if site.parameter.is_meta:
             return {name: _like(tensor) for name, tensor in self.bare(placement.method, site).items()}
-        return placement.method.init(self.site(site), self.generator)
+        return placement.method.init_tensors(self.site(site), self.generator)
 
     def bare(self, method: Method, site: Site) -> dict[str, Tensor]:
         """The method's tensors without values, by its names; not to be kept, for other places may have the same."""
@@ -62,14 +62,14 @@ class Initial:
     def _init_bare(self, method: Method, site: Site) -> dict[str, Tensor]:
         site = self.site(site)
         with Unfilled() if site.parameter.is_meta else nullcontext():
-            return method.init(site, self.generator)
+            return method.init_tensors(site, self.generator)
 
     def common(self, group: Sequence[Placement]) -> dict[str, Tensor]:
         """The tensors that all placements of one rule share."""
         rule = group[0].rule
-        if type(rule).common is Method.common:
+        if type(rule).shared_tensors is Method.shared_tensors:
             return {}
-        return rule.common([self.site(placement.site) for placement in group], self.generator)
+        return rule.shared_tensors([self.site(placement.site) for placement in group], self.generator)
 
     def parameter(self, tensor: Tensor, trained: bool) -> nn.Parameter:
         """A tensor of the adapter."""
@@ -114,7 +114,7 @@ def common_name(local: str, before: int) -> str:
 
 def parts_of(
     placements: Sequence[Placement], initial: Initial, taken: Iterable[str]
-) -> tuple[list[Part], dict[str, nn.Parameter]]:
+) -> tuple[list[AdaptedParameter], dict[str, nn.Parameter]]:
     """The parts that placements make, and their tensors under global names.
 
     Args:
@@ -154,5 +154,5 @@ def parts_of(
     parts = []
     for placement in placements:
         led = names[id(placement.lead)] if placement.lead else {}
-        parts.append(Part(placement.name, placement.method, {**led, **names[id(placement)]}))
+        parts.append(AdaptedParameter(placement.name, placement.method, {**led, **names[id(placement)]}))
     return parts, tensors

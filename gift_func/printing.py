@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .methods import Method
 from .network.frozen_base import FrozenBase
-from .network.module_tree import Structure
+from .network.module_tree import ModuleTree
 
 
 class _Shown(nn.Module):
@@ -23,9 +23,9 @@ class _Shown(nn.Module):
         return self.text
 
 
-def tree(body: Structure, methods: Mapping[str, Method]) -> str:
+def tree(body: ModuleTree, methods: Mapping[str, Method]) -> str:
     """The module tree as `print(module)` shows it, `weight: LoRA(rank=3)` behind every adapted module."""
-    shown = Structure(body.detached())
+    shown = ModuleTree(body.detached())
     notes: dict[int, list[str]] = {}
     for name, method in methods.items():
         for module, attribute in shown.places.get(name, []):

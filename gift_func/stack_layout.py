@@ -21,10 +21,10 @@ from .errors import AdaptError
 from .methods import Method
 from .network.frozen_base import FrozenBase
 from .network.module_tree import clone
-from .network.runner import Part
+from .network.runner import AdaptedParameter
 from .strategy import Strategy
 
-_MEANT_BY_RANK = ("rank", "alpha", "rslora", "initialization", "rank_pattern", "alpha_pattern")
+_MEANT_BY_RANK = ("rank", "alpha", "rslora", "init", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Member:
         shapes: global name -> the shape of its own tensor.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[AdaptedParameter, ...]
     strategy: Strategy | None
     shapes: dict[str, torch.Size]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StackLayout:
     """The places of a stack and what its members make of them.
 
     Attributes:
@@ -54,7 +54,7 @@ class Recipe:
         once: names of the tensors that are frozen and equal in all members, and so are kept once.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[AdaptedParameter, ...]
     members: tuple[Member, ...]
     gains: dict[str, Tensor]
     stand_ins: dict[str, tuple[Tensor, Tensor]]
@@ -76,28 +76,28 @@ class Recipe:
             made[name] = torch.where(extras[f"present {name}"], made[name], base)
         return made
 
-    def taken(self, index: Sequence[int]) -> Recipe:
+    def taken(self, index: Sequence[int]) -> StackLayout:
         """The recipe of some of the members."""
         rows = torch.tensor(index)
         gains = {name: tensor[rows.to(tensor.device)] for name, tensor in self.gains.items()}
         there = {name: (mask[rows.to(mask.device)], base) for name, (mask, base) in self.stand_ins.items()}
         return replace(self, members=tuple(self.members[i] for i in index), gains=gains, stand_ins=there)
 
-    def to(self, like: Mapping[str, Tensor]) -> Recipe:
+    def to(self, like: Mapping[str, Tensor]) -> StackLayout:
         """The recipe with its tensors where the stacked ones are."""
         gains = {name: tensor.to(like[name]) for name, tensor in self.gains.items()}
         there = {name: (mask.to(like[name].device), base.to(like[name])) for name, (mask, base) in self.stand_ins.items()}
         return replace(self, gains=gains, stand_ins=there)
 
 
-def share(models: Sequence[AdaptedModel]) -> tuple[Recipe, dict[str, nn.Parameter]]:
+def share(models: Sequence[AdaptedModel]) -> tuple[StackLayout, dict[str, nn.Parameter]]:
     """The recipe of a stack of models, and their tensors stacked.
 
     Raises:
         AdaptError: if they cannot share one, with the place and what differs.
     """
     base = models[0]._body.base
-    at: dict[str, list[Part | None]] = {}
+    at: dict[str, list[AdaptedParameter | None]] = {}
     for index, model in enumerate(models):
         for part in model.parts:
             at.setdefault(part.name, [None] * len(models))[index] = part
@@ -125,7 +125,7 @@ def share(models: Sequence[AdaptedModel]) -> tuple[Recipe, dict[str, nn.Paramete
     members = tuple(
         Member(model.parts, model.strategy, {name: tensor.shape for name, tensor in model.adapter.items()}) for model in models
     )
-    return Recipe(tuple(parts), members, gains, stand_ins, frozenset(once)), stacked
+    return StackLayout(tuple(parts), members, gains, stand_ins, frozenset(once)), stacked
 
 
 class _Place:
@@ -137,7 +137,7 @@ class _Place:
         models: the members.
     """
 
-    def __init__(self, name: str, parts: Sequence[Part | None], models: Sequence[AdaptedModel]) -> None:
+    def __init__(self, name: str, parts: Sequence[AdaptedParameter | None], models: Sequence[AdaptedModel]) -> None:
         self.name = name
         self.parts = parts
         self.models = models
@@ -254,7 +254,7 @@ class _Place:
                 "it cannot share a stack with the others. Keep them side by side in a gf.AdapterBank."
             )
         with torch.no_grad():
-            return method.init(site, torch.Generator(site.parameter.device).manual_seed(0))
+            return method.init_tensors(site, torch.Generator(site.parameter.device).manual_seed(0))
 
 
 def _differs(method: Method, wide: Method, ranked: bool) -> str | None:
@@ -263,8 +263,8 @@ def _differs(method: Method, wide: Method, ranked: bool) -> str | None:
         return None
     if type(method) is not type(wide):
         return "methods cannot be mixed"
-    free = _MEANT_BY_RANK if ranked else ("initialization",)
+    free = _MEANT_BY_RANK if ranked else ("init",)
     own = {field.name: getattr(method, field.name) for field in fields(cast(Any, method)) if field.name in free}
-    if method == wide.but(**own):
+    if method == wide.replace(**own):
         return None
     return "only rank, scale and initialisation may differ" if ranked else "its tensors cannot be filled up with zeros"

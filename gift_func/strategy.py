@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import AdaptError, nearest
-from .methods import Graft, Method
+from .methods import Method, ModuleMethod
 from .network.frozen_base import FrozenBase
 from .network.module_tree import join
 from .select import Regex, Selector, Site, as_selector
@@ -177,9 +177,9 @@ class Strategy:
         left_out: dict[str, tuple[int, Site, str]] = {}
         groups = base.sites(model)
         for index, (selector, method) in enumerate(self.rules):
-            if isinstance(method, Graft):
-                for site in _hosts(base, model, selector or as_selector(method.takes)):
-                    reason = method.refuses(site)
+            if isinstance(method, ModuleMethod):
+                for site in _hosts(base, model, selector or as_selector(method.is_default_site)):
+                    reason = method.why_not(site)
                     if reason is not None:
                         reasons[index] = reasons[index] or (site, reason)
                         continue
@@ -187,27 +187,30 @@ class Strategy:
                     taken.setdefault(site.name, (index, Placement(site.name, site, method, method)))
         for group, (index, rule) in product(groups, enumerate(self.rules)):
             selector, method = rule
-            if isinstance(method, Graft):
+            if isinstance(method, ModuleMethod):
                 continue
             for site in group:
-                if not (method.takes(site) if selector is None else selector(site)):
+                if not (method.is_default_site(site) if selector is None else selector(site)):
                     continue
-                reason = method.refuses(site)
+                reason = method.why_not(site)
                 if reason is not None:
                     reasons[index] = reasons[index] or (site, reason)
-                    if method.takes(site):
+                    if method.is_default_site(site):
                         left_out.setdefault(group[0].name, (index, site, reason))
                     continue
                 seen[index] += 1
                 if group[0].name not in taken:
-                    taken[group[0].name] = index, Placement(group[0].name, site, method.at(site), method)
+                    taken[group[0].name] = index, Placement(group[0].name, site, method.for_site(site), method)
         sites: dict[str, list[Site]] = {}
         for index, placement in list(taken.values()):
             for param_name, method in placement.method.companions(placement.site).items():
                 sites = sites or {site.name: group for group in groups for site in group}
                 group = sites.get(join(placement.site.module_name, param_name), [])
                 if group and group[0].name not in taken:
-                    taken[group[0].name] = index, Placement(group[0].name, group[0], method.at(group[0]), method, placement)
+                    taken[group[0].name] = (
+                        index,
+                        Placement(group[0].name, group[0], method.for_site(group[0]), method, placement),
+                    )
         order = {group[0].name: position for position, group in enumerate(groups)}
         ordered = {name: taken[name] for name in sorted(taken, key=lambda name: order.get(name, -1))}
         left_out = {name: refusal for name, refusal in left_out.items() if name not in taken}
@@ -285,7 +288,7 @@ class Explanation:
 
     def _check_computed(self, method: Method) -> None:
         for module_name, module in self.modules.items():
-            attribute = method.overlooks(module)
+            attribute = method.computed_weight_name(module)
             if attribute is not None:
                 raise AdaptError(
                     f"{join(module_name, attribute)} of {type(module).__name__} is computed from other parameters "
@@ -307,7 +310,7 @@ class Explanation:
                 )
             )
         for name, (index, placement) in self.taken.items():
-            if isinstance(placement.method, Graft):
+            if isinstance(placement.method, ModuleMethod):
                 rows.append((name, type(placement.site.module).__name__, str(index), str(placement.method)))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from ..tracking.sample_axis import Rows, tag
+from ..tracking.sample_axis import SampleAxis, tag
 from .samples import doubtful, is_same, kind_of, leads, shared
 
 
@@ -55,7 +55,7 @@ class Arguments:
 
     def tagged(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)`, their samples marked for following."""
-        return replace(self, leaves=self._with(lambda leaf: tag(leaf, Rows(0, 1)))).whole()
+        return replace(self, leaves=self._with(lambda leaf: tag(leaf, SampleAxis(0, 1)))).whole()
 
     def _with(self, function: Callable[[Tensor], Tensor]) -> list[Any]:
         return [function(leaf) if place in self.inputs else leaf for place, leaf in enumerate(self.leaves)]

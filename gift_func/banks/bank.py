@@ -16,11 +16,11 @@ from ..network.frozen_base import BaseView, FrozenBase
 from ..network.modes import Modes, modes_in, modes_of
 from ..network.module_tree import clone
 from ..strategy import Strategy
-from .compiled import Gathered
-from .entry import Entry, side_by_side
+from .compiled import CompiledBank
+from .entry import Adapter, side_by_side
 from .fresh import fresh
 from .keeping import Conversion, Kept
-from .mixed_batch import Network
+from .mixed_batch import MixedBatchRunner
 from .plan import Batch, arrange
 from .samples import numbers_of
 
@@ -36,7 +36,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     The batch is the leading axis of the network's tensor arguments. It is followed from there through the network, so
     networks may flatten, transpose or gather it as they like (GPT-2, attention, mixtures of experts); where it gets out
-    of sight at an adapted weight, that is an error and no guess. Rows are ordered by adapter once in a call. Where a pass
+    of sight at an adapted weight, that is an error and no guess. SampleAxis are ordered by adapter once in a call. Where a pass
     cannot be shared (modules or statistics of an adapter's own, BatchNorm in training, checkpointing), each adapter's
     samples take one of their own, with the same results.
 
@@ -63,7 +63,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         ['french']
     """
 
-    _gathered: Gathered | None = None
+    _gathered: CompiledBank | None = None
 
     def __init__(
         self, adapters: Mapping[str, AdaptedModel] | None = None, *, base: nn.Module | FrozenBase | None = None
@@ -75,11 +75,11 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             raise AdaptError("a bank without adapters needs to know its base: AdapterBank(base=model)")
         frozen = base_of(base) if base is not None else next(iter(given.values()))._body.base
         modes = modes_in(next(iter(given.values()))._body) if given else modes_of(frozen.structure)
-        entries = [Entry.of(model) for model in given.values()]
+        entries = [Adapter.of(model) for model in given.values()]
         for name, entry in zip(given, entries, strict=True):
             _check_base(name, frozen, entry.base)
-        self._entries: dict[str, Entry] = dict(zip(given, side_by_side(entries, frozen), strict=True))
-        self._network = Network(frozen, modes)
+        self._entries: dict[str, Adapter] = dict(zip(given, side_by_side(entries, frozen), strict=True))
+        self._network = MixedBatchRunner(frozen, modes)
         self._models = Kept()
 
     # --- as a mapping
@@ -135,7 +135,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         if isinstance(adapter, (Method, Strategy, Iterable)) and not isinstance(adapter, (nn.Module, str)):
             return self._like({**self._entries, name: fresh(self._network.base, adapter, generator)})
         _check(name, adapter)
-        entry = Entry.of(adapter)
+        entry = Adapter.of(adapter)
         _check_base(name, self._network.base, entry.base)
         return self._like({**self._entries, name: side_by_side([entry], self._network.base)[0]})
 
@@ -176,7 +176,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         base = self._network.base.apply(function)
         moved = [entry.apply(function, base) for entry in self._entries.values()]
         return self._like(
-            dict(zip(self._entries, side_by_side(moved), strict=True)), network=Network(base, self._network.modes)
+            dict(zip(self._entries, side_by_side(moved), strict=True)), network=MixedBatchRunner(base, self._network.modes)
         )
 
     @property
@@ -267,7 +267,9 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     # --- inside
 
-    def _like(self, entries: Mapping[str, Entry], training: bool | None = None, network: Network | None = None) -> AdapterBank:
+    def _like(
+        self, entries: Mapping[str, Adapter], training: bool | None = None, network: MixedBatchRunner | None = None
+    ) -> AdapterBank:
         made: AdapterBank = object.__new__(type(self))
         made._entries = dict(entries)
         if network is None:
@@ -290,7 +292,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         entries = {name: entry.apply(clone, entry.base) for name, entry in self._entries.items()}
         return _restore, (type(self), self._network.base, self._network.modes, entries)
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> Adapter:
         found = self._entries.get(name)
         if found is None:
             raise KeyError(f"the bank has no adapter {name!r}; {nearest(str(name), self._entries)}")
@@ -303,30 +305,30 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             raise TypeError(f"adapters is a sequence with one name for each sample, got the text {adapters!r}")
         return arrange([None if name is None else self._entry(name) for name in adapters])
 
-    def _prepared(self, adapters: Names | Tensor) -> Gathered:
+    def _prepared(self, adapters: Names | Tensor) -> CompiledBank:
         if self._gathered is None:
             raise AdaptError("a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function")
         if not isinstance(adapters, Tensor):
             raise AdaptError("under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone")
         return self._gathered
 
-    def _by_index(self, index: Tensor) -> list[Entry | None]:
+    def _by_index(self, index: Tensor) -> list[Adapter | None]:
         entries, numbers = list(self._entries.values()), numbers_of(index, "adapters")
         for number in numbers:
             if not -1 <= number < len(entries):
                 raise AdaptError(f"there is no adapter {number} in a bank of {len(entries)}; -1 is the base alone")
         return [None if number < 0 else entries[number] for number in numbers]
 
-    def _apart(self, entry: Entry) -> AdaptedModel:
+    def _apart(self, entry: Adapter) -> AdaptedModel:
         """What runs one adapter's samples by themselves."""
         found = self._models.get(entry)
         return self._models.put(entry, self._network.model(entry)) if found is None else found
 
 
-def _restore(kind: type[AdapterBank], base: FrozenBase, modes: Modes, entries: Mapping[str, Entry]) -> AdapterBank:
+def _restore(kind: type[AdapterBank], base: FrozenBase, modes: Modes, entries: Mapping[str, Adapter]) -> AdapterBank:
     made: AdapterBank = object.__new__(kind)
     made._entries = dict(zip(entries, side_by_side(list(entries.values())), strict=True))
-    made._network = Network(base, modes)
+    made._network = MixedBatchRunner(base, modes)
     made._models = Kept()
     return made
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
-from ..tracking.sample_axis import Following, Lost, Rows, owner_index, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, owner_index, rows_of, tag
 from .routed_weight import Placeholder, member, one_of_equals
-from .segments import Mix
+from .segments import Segments
 from .stacked_weights import run_at_once
 
 
-def by_runs(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, Rows], mix: Mix) -> Any:
+def by_runs(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, SampleAxis], mix: Segments) -> Any:
     """The function on the rows of each run with its own weights, put together."""
     made = _at_once(func, leaves, spec, followed, mix)
     if made is not None:
@@ -34,7 +34,7 @@ def by_runs(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Ma
                 part = plan[place][0][run]
                 rows = followed[place]
                 regular = rows.owners is None and plan[place][1] is None
-                own.append(tag(part, Rows(rows.axis, rows.inner) if regular else _all_of_one(rows, part)))
+                own.append(tag(part, SampleAxis(rows.axis, rows.inner) if regular else _all_of_one(rows, part)))
             else:
                 own.append(one_of_equals(member(leaf, run), mix.size, count))
         if any(leaves[p] is not own[p] and own[p].shape[followed[p].axis] == 0 for p in plan):
@@ -42,7 +42,7 @@ def by_runs(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Ma
             continue
         args, kwargs = tree_unflatten(own, spec)
         samples = count if all(plan[p][1] is None and followed[p].owners is None for p in plan) else 1
-        with Following(samples):
+        with TrackSamples(samples):
             flat, out_spec = tree_flatten(func(*args, **kwargs))
         outputs.append(flat)
     present = [flat for flat in outputs if flat]
@@ -55,7 +55,7 @@ FEW = 4
 """Runs from which on one function under `torch.vmap` costs less than one call for each."""
 
 
-def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, Rows], mix: Mix) -> Any:
+def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, SampleAxis], mix: Segments) -> Any:
     """The function on equally long runs of alike weights at once; None where they are not, or torch has no rule for it."""
     count, runs = mix.counts[0], mix.even
     regular = all(
@@ -75,13 +75,13 @@ def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: M
 
     def one(own: Sequence[Any]) -> list[Tensor]:
         given = [
-            tag(leaf, Rows(followed[place].axis, followed[place].inner))
+            tag(leaf, SampleAxis(followed[place].axis, followed[place].inner))
             if place in followed
             else one_of_equals(leaf, mix.size, count)
             for place, leaf in enumerate(own)
         ]
         args, kwargs = tree_unflatten(given, spec)
-        with Following(count):
+        with TrackSamples(count):
             flat, out_spec = tree_flatten(func(*args, **kwargs))
         seen.append(([rows_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat], out_spec))
         return [leaf for leaf in flat if isinstance(leaf, Tensor)]
@@ -89,7 +89,7 @@ def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: M
     try:
         results = iter(run_at_once(one, parts, bundles, leaves))
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("vmap", "Batching rule", "BatchedTensor")):
+        if not any(sign in str(error) for sign in ("vmap", "VmapMode rule", "BatchedTensor")):
             raise
         for place in bundles:
             leaves[place].weight.loops(runs)
@@ -97,11 +97,11 @@ def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, followed: M
     found, out_spec = seen[0]
     whole = []
     for rows in found:
-        if not isinstance(rows, (Rows, Lost)):
+        if not isinstance(rows, (SampleAxis, Untracked)):
             whole.append(rows)
             continue
         result = next(results)
-        if isinstance(rows, Lost):
+        if isinstance(rows, Untracked):
             return None  # the calls one by one say what is wrong
         whole.append(result.movedim(0, rows.axis).flatten(rows.axis, rows.axis + 1))
     return tree_unflatten(whole, out_spec)
@@ -112,7 +112,12 @@ def by_experts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     x, weight, *rest = args
     offs = rest[0] if rest else kwargs.get("offs")
     rows = rows_of(x)
-    if not isinstance(weight, Placeholder) or not isinstance(rows, Rows) or rows.axis != 0 or not isinstance(offs, Tensor):
+    if (
+        not isinstance(weight, Placeholder)
+        or not isinstance(rows, SampleAxis)
+        or rows.axis != 0
+        or not isinstance(offs, Tensor)
+    ):
         raise AdaptError(
             "grouped_mm meets a parameter that differs by sample in a form in which its tokens cannot be told apart. Give this "
             "call samples of one adapter, bank[name](...)."
@@ -130,7 +135,7 @@ def by_experts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return torch.cat(parts).index_select(0, torch.argsort(torch.cat(places)))
 
 
-def _split(tensor: Tensor, rows: Rows, mix: Mix) -> tuple[Sequence[Tensor], Tensor | None]:
+def _split(tensor: Tensor, rows: SampleAxis, mix: Segments) -> tuple[Sequence[Tensor], Tensor | None]:
     """Each run's rows of a tensor, and the order they were brought in, if they had to be."""
     size = tensor.shape[rows.axis]
     if rows.owners is None and size == rows.inner * mix.size:
@@ -145,7 +150,7 @@ def _joined(parts: Sequence[Any], order: Tensor | None, func: Callable[..., Any]
     if not isinstance(parts[0], Tensor):
         return parts[0]
     rows = rows_of(parts[0])
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         name = getattr(func, "__name__", repr(func))
         raise AdaptError(
             f"{name} meets a parameter that differs by sample, and mixes the samples or is not known to keep them apart. Give "
@@ -155,6 +160,6 @@ def _joined(parts: Sequence[Any], order: Tensor | None, func: Callable[..., Any]
     return whole if order is None else whole.index_select(rows.axis, torch.argsort(order))
 
 
-def _all_of_one(rows: Rows, part: Tensor) -> Rows:
+def _all_of_one(rows: SampleAxis, part: Tensor) -> SampleAxis:
     """The tag of rows that, to the functions of one run, are of one sample."""
-    return Rows(rows.axis, max(part.shape[rows.axis], 1))
+    return SampleAxis(rows.axis, max(part.shape[rows.axis], 1))

@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..adapted_model import AdaptedModel
 from ..errors import AdaptError
 from ..network.frozen_base import FrozenBase
-from ..network.module_tree import Structure, clone
-from ..network.runner import Body
+from ..network.module_tree import ModuleTree, clone
+from ..network.runner import Runner
 from ..stack_layout import share
 from .entry import lies_stacked, stacked
 from .samples import check_size, shared
 
 
-class Gathered:
+class CompiledBank:
     """The adapters of a bank as stacks, and the network that reads a share of them for each sample.
 
     Args:
@@ -35,15 +35,15 @@ class Gathered:
         AdaptError: if they cannot share a stack.
     """
 
-    def __init__(self, base: FrozenBase, structure: Structure, models: Sequence[AdaptedModel]) -> None:
+    def __init__(self, base: FrozenBase, structure: ModuleTree, models: Sequence[AdaptedModel]) -> None:
         plain = AdaptedModel(base, base.structure.copy(clone), (), {}, None).train(structure.module.training)
         try:
             self.recipe, rows = share([*models, plain])
         except AdaptError as error:
             raise AdaptError(f"under torch.compile the adapters of a bank must share a stack. {error}") from None
         self.size = len(models)
-        self.body = Body(base, structure, self.recipe.parts)
-        self.body.rest_on_base()
+        self.body = Runner(base, structure, self.recipe.parts)
+        self.body.bind_base()
         self.extras = self.recipe.extras()
         self.once: dict[str, Tensor] = {}
         self._stacks: dict[str, Tensor] = {}

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_transformed, lasting_outside
-from ..adapted_model import AdaptedModel, kept_buffers
+from ..adapted_model import AdaptedModel, persistent_buffers
 from ..kernels.function import apply
 from ..network.frozen_base import FrozenBase
 from ..network.modes import Modes
-from ..network.module_tree import Structure, clone, copied
-from ..network.runner import Part
+from ..network.module_tree import ModuleTree, clone, copied
+from ..network.runner import AdaptedParameter
 from ..strategy import Strategy
 from ..weights import Dense, Weight
 
 
 @dataclass(eq=False)
-class Entry:
+class Adapter:
     """One adapter.
 
     Attributes:
@@ -36,24 +36,24 @@ class Entry:
     """
 
     base: FrozenBase
-    parts: tuple[Part, ...]
+    parts: tuple[AdaptedParameter, ...]
     strategy: Strategy | None
     tensors: Mapping[str, Tensor]
     buffers: dict[str, Tensor]
-    structure: Structure | None
+    structure: ModuleTree | None
     _statistics: dict[str, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _made: dict[Modes, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def of(model: AdaptedModel) -> Entry:
+    def of(model: AdaptedModel) -> Adapter:
         """An adapted model's adapter; its tensors are the model's own."""
         body = model._body
         state = model.adapter_state_dict()
         buffers = {name: clone(tensor) for name, tensor in state.items() if name not in model.adapter}
         own = body.is_made and own_modules(body.structure, body.base.structure)
         tensors = dict(model.adapter.items())
-        return Entry(body.base, model.parts, model.strategy, tensors, buffers, body.structure.copy(clone) if own else None)
+        return Adapter(body.base, model.parts, model.strategy, tensors, buffers, body.structure.copy(clone) if own else None)
 
     @property
     def address(self) -> int:
@@ -74,20 +74,20 @@ class Entry:
     def keep_statistics(self) -> None:
         """Let the adapter have persistent buffers of its own, which its models write to and share."""
         with self._lock:
-            for name, buffer in kept_buffers(self.base.structure).items():
+            for name, buffer in persistent_buffers(self.base.structure).items():
                 if name not in self.buffers:
                     with lasting_outside():
                         mine = clone(buffer)
                     self._statistics[name] = mine._version
                     self.buffers[name] = mine
 
-    def on(self, base: FrozenBase, tensors: Mapping[str, Tensor]) -> Entry:
+    def on(self, base: FrozenBase, tensors: Mapping[str, Tensor]) -> Adapter:
         """The same adapter by other tensors, on the same base or another view of it."""
         if base is not self.base:
-            base.learn(self.base)
-        return Entry(base, self.parts, self.strategy, dict(tensors), dict(self.buffers), self.structure)
+            base.adopt_derived(self.base)
+        return Adapter(base, self.parts, self.strategy, dict(tensors), dict(self.buffers), self.structure)
 
-    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Entry:
+    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Adapter:
         """The same adapter with a function applied to all that is its own, on a base that it was applied to as well."""
         with lasting_outside():
             tensors = {
@@ -96,7 +96,7 @@ class Entry:
             }
             buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
             structure = None if self.structure is None else self.structure.copy(function)
-        return Entry(base, self.parts, self.strategy, tensors, buffers, structure)
+        return Adapter(base, self.parts, self.strategy, tensors, buffers, structure)
 
     def __reduce__(self) -> tuple[Any, ...]:
         module = None
@@ -143,7 +143,7 @@ class Entry:
         """The adapter as a model of its own, by the very same tensors."""
         structure = None
         if self.structure is not None:
-            structure = Structure(self.structure.detached())
+            structure = ModuleTree(self.structure.detached())
             own = {part.name for part in self.parts}
             for name in structure.places:
                 if name in self.base.tensors and name not in own:
@@ -161,7 +161,7 @@ class Entry:
         return AdaptedModel(self.base, structure, self.parts, tensors, self.strategy, held)
 
 
-def side_by_side(entries: Sequence[Entry], base: FrozenBase | None = None) -> list[Entry]:
+def side_by_side(entries: Sequence[Adapter], base: FrozenBase | None = None) -> list[Adapter]:
     """The same adapters with their tensors copied, those of one name and shape next to each other in memory.
 
     A batch that uses all of them then needs no copy of any: their tensors are one stack as they lie.
@@ -248,11 +248,11 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Rows laid out as the parameters are become their gradients as they are; others would be copied one by one.
+        # SampleAxis laid out as the parameters are become their gradients as they are; others would be copied one by one.
         return None, *grad.contiguous().unbind(0)
 
 
-def own_modules(structure: Structure, base: Structure) -> bool:
+def own_modules(structure: ModuleTree, base: ModuleTree) -> bool:
     """Whether the modules are others than the base's in kind, or hold other parameters or hooks."""
     ours, theirs = structure.modules, base.modules
     if ours.keys() != theirs.keys() or structure.names.keys() != base.names.keys():
@@ -262,10 +262,10 @@ def own_modules(structure: Structure, base: Structure) -> bool:
 
 def _restore(
     base: FrozenBase,
-    parts: tuple[Part, ...],
+    parts: tuple[AdaptedParameter, ...],
     strategy: Strategy | None,
     tensors: dict[str, nn.Parameter],
     buffers: dict[str, Tensor],
     module: nn.Module | None,
-) -> Entry:
-    return Entry(base, parts, strategy, tensors, buffers, None if module is None else Structure(module))
+) -> Adapter:
+    return Adapter(base, parts, strategy, tensors, buffers, None if module is None else ModuleTree(module))

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..tracking.replay import StrayedError
-from ..tracking.sample_axis import Following, Lost, Rows, rows_of, tag
-from .plan import Plan, Way
+from ..tracking.replay import DivergedError
+from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, rows_of, tag
+from .plan import Plan, RecordedPath
 from .routing import ApartError
 from .samples import kind_of, rows_out
-from .segments import Mix
+from .segments import Segments
 
 MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "input_features", "pixel_values")
 """What a transformers model's `generate` calls the model's input."""
@@ -31,7 +31,7 @@ def stepped(steps: Generator[Any, Any, Any], size: int) -> Generator[Any, Any, A
     answer: Any = None
     while True:
         try:
-            with Following(size):
+            with TrackSamples(size):
                 made = steps.send(answer)
         except StopIteration as end:
             return _untagged(end.value)
@@ -45,12 +45,12 @@ def _untagged(made: Any) -> Any:
 
 
 @contextmanager
-def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
+def stepping(module: nn.Module, plan: Plan, mix: Segments) -> Iterator[None]:
     """While `generate` runs: the input of each of its calls of the network is the batch, beams and all.
 
     A call of a kind that was followed before goes by what that one met.
     """
-    under_way: list[tuple[object, Following | None]] = []
+    under_way: list[tuple[object, TrackSamples | None]] = []
 
     def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if under_way:  # an encoder that the network calls itself
@@ -77,9 +77,9 @@ def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
                 given[name] = tree_unflatten([_by_rows(leaf, 3, mix.size, inner) for leaf in leaves], spec)
             elif dims is not None:
                 given[name] = _by_rows(value, dims, mix.size, inner)
-            elif isinstance(value, Tensor) and isinstance(rows_of(value), Lost):
+            elif isinstance(value, Tensor) and isinstance(rows_of(value), Untracked):
                 given[name] = tag(value, None)
-        mode = Following(mix.size)
+        mode = TrackSamples(mix.size)
         mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         under_way.append((kind, mode))
         return args, given
@@ -89,7 +89,7 @@ def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if mix.met is not None and output is not None and not (mode.decided or mode.answers):
-                plan.ways[kind] = Way(tuple(mix.met), ())
+                plan.ways[kind] = RecordedPath(tuple(mix.met), ())
 
     encoder = _encoder_of(module)
     hooks = []
@@ -98,7 +98,7 @@ def stepping(module: nn.Module, plan: Plan, mix: Mix) -> Iterator[None]:
         hooks.append(called.register_forward_hook(after, always_call=True))
     try:
         yield
-    except StrayedError:
+    except DivergedError:
         raise ApartError from None
     finally:
         for hook in hooks:
@@ -118,5 +118,5 @@ def _by_rows(value: Any, dims: int, size: int, inner: int) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.ndim == dims and inner and value.shape[0] == size * inner:
-        return tag(value, Rows(0, inner))
+        return tag(value, SampleAxis(0, inner))
     return value if rows_of(value) is None else tag(value, None)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ..adapted_model import AdaptedModel
-from .entry import Entry
+from .entry import Adapter
 
 
 class Kept:
@@ -19,10 +19,10 @@ class Kept:
     SIZE = 32
 
     def __init__(self) -> None:
-        self._found: OrderedDict[Entry, AdaptedModel] = OrderedDict()
+        self._found: OrderedDict[Adapter, AdaptedModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, entry: Entry) -> AdaptedModel | None:
+    def get(self, entry: Adapter) -> AdaptedModel | None:
         """The model of an adapter, if it is kept."""
         with self._lock:
             found = self._found.get(entry)
@@ -30,7 +30,7 @@ class Kept:
                 self._found.move_to_end(entry)
             return found
 
-    def put(self, entry: Entry, model: AdaptedModel) -> AdaptedModel:
+    def put(self, entry: Adapter, model: AdaptedModel) -> AdaptedModel:
         """Keep the model of an adapter, unless another thread was first; the one that is kept."""
         with self._lock:
             kept = self._found.setdefault(entry, model)

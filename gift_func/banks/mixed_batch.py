@@ -16,27 +16,27 @@ from ..errors import AdaptError
 from ..network.fast_path import runs_fused
 from ..network.frozen_base import BaseView, FrozenBase
 from ..network.modes import Modes, modes_in, modes_of, put
-from ..network.module_tree import Structure, clone
-from ..network.runner import Body
-from ..tracking.replay import Replaying, StrayedError
-from ..tracking.sample_axis import Following, Rows, tag
+from ..network.module_tree import ModuleTree, clone
+from ..network.runner import Runner
+from ..tracking.replay import DivergedError, ReplayReads
+from ..tracking.sample_axis import SampleAxis, TrackSamples, tag
 from .arguments import Arguments
-from .compiled import Gathered
-from .entry import Entry
+from .compiled import CompiledBank
+from .entry import Adapter
 from .generation import stepped, stepping
-from .plan import Batch, Plan, Plans, Way
+from .plan import Batch, Plan, Plans, RecordedPath
 from .routing import ApartError
 from .samples import check_size, is_mixed, is_opaque, leads, merged, put_back, rows_out, shared
-from .segments import Mix
+from .segments import Segments
 
-Found = tuple[list[Any], TreeSpec, Sequence[Rows | None]]
+Found = tuple[list[Any], TreeSpec, Sequence[SampleAxis | None]]
 """The leaves of an output, its tree, and where the samples lie in each of them."""
 
 MOST_STRAYS = 3
 """After so many calls of a kind that did not go the remembered way, a call of it is always followed."""
 
 
-class Network:
+class MixedBatchRunner:
     """The network that a bank's adapters share: private copies of its structure, one for each call under way.
 
     Args:
@@ -56,17 +56,17 @@ class Network:
         self._as_one = modes if isinstance(modes, bool) else None
         if base.has_plain_modes and self.modes in (frozenset(), frozenset(structure.modules)):
             self._as_one = self.training
-        self.body = Body(base, structure, ())
-        self.body.rest_on_base()
+        self.body = Runner(base, structure, ())
+        self.body.bind_base()
         self.plans = Plans(base, structure)
         self.statistics = _uses_statistics(structure)
         self._keeps_order = False
 
-    def in_mode(self, training: bool) -> Network:
+    def in_mode(self, training: bool) -> MixedBatchRunner:
         """The same network with all modules in a mode."""
-        return self if self._as_one == training else Network(self.base, training)
+        return self if self._as_one == training else MixedBatchRunner(self.base, training)
 
-    def model(self, entry: Entry) -> AdaptedModel:
+    def model(self, entry: Adapter) -> AdaptedModel:
         """An adapter as a model of its own."""
         if self.statistics is not None:
             entry.keep_statistics()
@@ -74,12 +74,12 @@ class Network:
         if self._as_one is None and modes_in(made._body) != self.modes:
             structure = made._body.structure
             put(structure, self.modes | {name for name in modes_of(structure) if name not in self.body.structure.modules})
-            made._body.rest(made.adapter.current())
+            made._body.bind_between_calls(made.adapter.current())
         return made
 
-    def gathered(self, models: Sequence[AdaptedModel]) -> Gathered:
+    def gathered(self, models: Sequence[AdaptedModel]) -> CompiledBank:
         """What runs a batch by indices of these adapters in a compiled function."""
-        return Gathered(self.base, self.body.structure.copy(clone), models)
+        return CompiledBank(self.base, self.body.structure.copy(clone), models)
 
     def view(self) -> BaseView:
         """The network without an adapter."""
@@ -95,7 +95,7 @@ class Network:
         batch: Batch,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        model_of: Callable[[Entry], Callable[..., Any]],
+        model_of: Callable[[Adapter], Callable[..., Any]],
         method: str | None = None,
     ) -> Any:
         """The network, or one of its methods, on a batch.
@@ -113,7 +113,7 @@ class Network:
         leaves, spec = tree_flatten((args, kwargs))
         check_size(leaves, len(batch.entries))
 
-        def alone(entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def alone(entry: Adapter | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.plain(method, args, kwargs) if entry is None else _bound(model_of(entry), method)(*args, **kwargs)
 
         distinct = set(batch.entries)
@@ -155,45 +155,45 @@ class Network:
             return self._followed(plan, counts, arguments)
         try:
             return self._replayed(plan, counts, arguments, way)
-        except StrayedError:
+        except DivergedError:
             plan.ways.pop(arguments.kind, None)
             plan.strays[arguments.kind] += 1
             return self._followed(plan, counts, arguments)
 
-    def _replayed(self, plan: Plan, counts: Sequence[int], arguments: Arguments, way: Way) -> Found:
-        mix = Mix(counts, way.uses)
+    def _replayed(self, plan: Plan, counts: Sequence[int], arguments: Arguments, way: RecordedPath) -> Found:
+        mix = Segments(counts, way.uses)
         args, kwargs = arguments.whole()
-        with plan.slots(mix) as slots, self.body.lent(slots, {}, private_buffers=False) as (twin, _):
-            with Replaying(way.answers) if way.answers else nullcontext():
+        with plan.slots(mix) as slots, self.body.checkout(slots, {}, private_buffers=False) as (twin, _):
+            with ReplayReads(way.answers) if way.answers else nullcontext():
                 found, out_spec = tree_flatten(twin.structure.module(*args, **kwargs))
             tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
             if mix.met is None or len(mix.met) != len(way.uses) or len(tensors) != len(way.rows):
-                raise StrayedError
+                raise DivergedError
         rows = iter(way.rows)
         return found, out_spec, [next(rows) if isinstance(leaf, Tensor) else None for leaf in found]
 
     def _followed(self, plan: Plan, counts: Sequence[int], arguments: Arguments) -> Found:
-        mix, kind = Mix(counts), arguments.kind
+        mix, kind = Segments(counts), arguments.kind
         args, kwargs = arguments.tagged()
-        with plan.slots(mix) as slots, self.body.lent(slots, {}, private_buffers=False) as (twin, call):
-            with Following(mix.size) as mode:
+        with plan.slots(mix) as slots, self.body.checkout(slots, {}, private_buffers=False) as (twin, call):
+            with TrackSamples(mix.size) as mode:
                 found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
             mix.outlived = call.outlived
         rows = [rows_out(leaf) for leaf in found]
         mixed = mix.outlived or mode.decided or any(map(is_mixed, found))
         if kind is not None and mix.met is not None and not mixed and plan.strays[kind] < MOST_STRAYS:
             of_output = tuple(one for leaf, one in zip(found, rows, strict=True) if isinstance(leaf, Tensor))
-            plan.ways[kind] = Way(tuple(mix.met), of_output, tuple(mode.answers))
+            plan.ways[kind] = RecordedPath(tuple(mix.met), of_output, tuple(mode.answers))
         return found, out_spec, rows
 
     def _stepping(self, plan: Plan, counts: Sequence[int], arguments: Arguments, method: str) -> Found:
         """A method that calls the network again and again."""
-        mix = Mix(counts)
+        mix = Segments(counts)
         args, kwargs = arguments.tagged()
         with (
             torch.no_grad(),  # as generate has it: so a call begins in the mode it runs in
             plan.slots(mix) as slots,
-            self.body.lent(slots, {}, private_buffers=False) as (twin, _),
+            self.body.checkout(slots, {}, private_buffers=False) as (twin, _),
             stepping(twin.structure.module, plan, mix),
         ):
             found, out_spec = tree_flatten(getattr(twin.structure.module, method)(*args, **kwargs))
@@ -218,7 +218,7 @@ def _one_by_one(
     batch: Batch,
     leaves: list[Any],
     spec: TreeSpec,
-    alone: Callable[[Entry | None, tuple[Any, ...], dict[str, Any]], Any],
+    alone: Callable[[Adapter | None, tuple[Any, ...], dict[str, Any]], Any],
     method: str | None,
     fill: int | None,
 ) -> Any:
@@ -230,7 +230,7 @@ def _one_by_one(
             f"an argument has two axes of length {size}, so it cannot be told which of its parts belong to which sample, "
             "and these adapters cannot share a pass. Call bank[name](...) with the samples of each."
         )
-    groups: dict[Entry | None, list[int]] = {}
+    groups: dict[Adapter | None, list[int]] = {}
     for index, entry in enumerate(batch.entries):
         groups.setdefault(entry, []).append(index)
     outputs: list[tuple[list[Any], int]] = []
@@ -238,13 +238,13 @@ def _one_by_one(
     for entry, indices in groups.items():
         rows = torch.tensor(indices)
         given = [
-            tag(leaf.index_select(0, rows.to(leaf.device)), Rows(0, 1))
+            tag(leaf.index_select(0, rows.to(leaf.device)), SampleAxis(0, 1))
             if isinstance(leaf, Tensor) and leads(leaf, size) and place not in alike
             else leaf
             for place, leaf in enumerate(leaves)
         ]
         args, kwargs = tree_unflatten(given, spec)
-        with Following(len(indices)):
+        with TrackSamples(len(indices)):
             found, this_spec = tree_flatten(alone(entry, args, kwargs))
         if outputs and this_spec != out_spec:
             raise AdaptError("the outputs differ in form by adapter, so they cannot be put together: call bank[name] for each")
@@ -262,14 +262,14 @@ def _bound(model: Any, method: str | None) -> Callable[..., Any]:
     return found
 
 
-def _of_samples(leaf: Any, size: int) -> Rows | None:
+def _of_samples(leaf: Any, size: int) -> SampleAxis | None:
     """Where the samples lie in an output of `generate`: several neighbours for each, if it returns several sequences."""
     if not isinstance(leaf, Tensor) or leaf.ndim == 0 or not leaf.shape[0] or leaf.shape[0] % size:
         return None
-    return Rows(0, leaf.shape[0] // size)
+    return SampleAxis(0, leaf.shape[0] // size)
 
 
-def _uses_statistics(structure: Structure) -> str | None:
+def _uses_statistics(structure: ModuleTree) -> str | None:
     """A module whose output for one sample depends on the others: it must see one adapter's samples alone."""
     for name, module in structure.modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):

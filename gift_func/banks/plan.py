@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..network.fast_path import fused_names, guards
 from ..network.frozen_base import FrozenBase
 from ..network.modes import Modes
-from ..network.module_tree import Structure
+from ..network.module_tree import ModuleTree
 from ..tracking.replay import Answer
-from ..tracking.sample_axis import Rows
+from ..tracking.sample_axis import SampleAxis
 from ..weights import Slot
-from .entry import Entry
+from .entry import Adapter
 from .routed_weight import Routed
 from .routing import RoutedSlot
-from .segments import Mix, Use
+from .segments import Segments, Use
 
-Run = tuple[Entry | None, int]
+Run = tuple[Adapter | None, int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Batch:
         order: the samples ordered by adapter, those without one last; None if they come so.
     """
 
-    entries: tuple[Entry | None, ...]
+    entries: tuple[Adapter | None, ...]
     order: tuple[int, ...] | None
 
     def runs(self, ordered: bool) -> list[Run]:
@@ -49,7 +49,7 @@ class Batch:
         return found
 
 
-def arrange(entries: Sequence[Entry | None]) -> Batch:
+def arrange(entries: Sequence[Adapter | None]) -> Batch:
     """The adapters of one call's samples, and the order by adapter: as they lie in memory, None last.
 
     A batch that uses all adapters of a bank then finds their tensors stacked as they lie, in whatever order it names them.
@@ -62,7 +62,7 @@ def arrange(entries: Sequence[Entry | None]) -> Batch:
 
 
 @dataclass(frozen=True)
-class Way:
+class RecordedPath:
     """What a call of one kind met, from the batch's rows in its input to those in its output.
 
     Attributes:
@@ -72,7 +72,7 @@ class Way:
     """
 
     uses: tuple[Use, ...]
-    rows: tuple[Rows | None, ...]
+    rows: tuple[SampleAxis | None, ...]
     answers: tuple[Answer, ...] = ()
 
 
@@ -93,12 +93,12 @@ class Plan:
     guarded: dict[str, Tensor]
     fused: bool
     apart: bool
-    ways: dict[object, Way] = field(default_factory=dict)
+    ways: dict[object, RecordedPath] = field(default_factory=dict)
     strays: Counter[object] = field(default_factory=Counter)
     _spare: list[dict[str, RoutedSlot]] = field(default_factory=list)
 
     @contextmanager
-    def slots(self, mix: Mix) -> Iterator[dict[str, Tensor]]:
+    def slots(self, mix: Segments) -> Iterator[dict[str, Tensor]]:
         """The placeholders of one call."""
         try:
             own = self._spare.pop()
@@ -121,13 +121,13 @@ class Plans:
 
     SIZE = 8
 
-    def __init__(self, base: FrozenBase, structure: Structure) -> None:
+    def __init__(self, base: FrozenBase, structure: ModuleTree) -> None:
         self.base = base
         self.structure = structure
-        self._known: OrderedDict[tuple[Entry | None, ...], tuple[int, Plan]] = OrderedDict()
+        self._known: OrderedDict[tuple[Adapter | None, ...], tuple[int, Plan]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, entries: Sequence[Entry | None], modes: Modes) -> Plan:
+    def of(self, entries: Sequence[Adapter | None], modes: Modes) -> Plan:
         """The plan for runs of these adapters."""
         key = tuple(entries)
         epoch = self.base.watch()

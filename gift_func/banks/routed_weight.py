@@ -11,9 +11,9 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..weights import Dense, Slot, Weight
 from ..weights.names import METADATA
-from .segmented_low_rank import LowRankRuns
-from .segments import Mix
-from .stacked_weights import Bundle
+from .segmented_low_rank import SegmentedLowRank
+from .segments import Segments
+from .stacked_weights import StackedWeights
 
 
 class Routed(Weight):
@@ -27,8 +27,8 @@ class Routed(Weight):
     def __init__(self, members: Sequence[Weight], name: str) -> None:
         self.members = tuple(members)
         self.name = name
-        self._bundles: dict[int, Bundle | Literal[False]] = {}
-        self._low_rank: dict[bool, LowRankRuns | Literal[False]] = {}
+        self._bundles: dict[int, StackedWeights | Literal[False]] = {}
+        self._low_rank: dict[bool, SegmentedLowRank | Literal[False]] = {}
 
     @property
     def shape(self) -> torch.Size:
@@ -49,26 +49,26 @@ class Routed(Weight):
     def requires_grad(self) -> bool:
         return any(member.requires_grad for member in self.members)
 
-    def bundle(self, runs: int) -> Bundle | None:
+    def bundle(self, runs: int) -> StackedWeights | None:
         """The first runs' weights as one of stacked tensors, if they are alike."""
         kept = self._bundles.get(runs)
         if kept is None:
-            kept = self._bundles[runs] = Bundle.of(self.members[:runs]) or False
+            kept = self._bundles[runs] = StackedWeights.of(self.members[:runs]) or False
         return kept or None
 
     def loops(self, runs: int) -> None:
         """Remember that torch has no rule for what is done with the bundle."""
         self._bundles[runs] = False
 
-    def low_rank(self, transposed: bool = False) -> LowRankRuns | None:
+    def low_rank(self, transposed: bool = False) -> SegmentedLowRank | None:
         """The runs' factors in one piece, if all that have any are low-rank changes of one matrix.
 
         Args:
             transposed: of the weight's transpose.
         """
         kept = self._low_rank.get(transposed)
-        if kept is None or (isinstance(kept, LowRankRuns) and not kept.is_good):
-            kept = self._low_rank[transposed] = LowRankRuns.of(self.members, transposed) or False
+        if kept is None or (isinstance(kept, SegmentedLowRank) and not kept.is_good):
+            kept = self._low_rank[transposed] = SegmentedLowRank.of(self.members, transposed) or False
         return kept or None
 
 
@@ -81,11 +81,11 @@ class Placeholder(Slot):
     """
 
     weight: Routed
-    mix: Mix
+    mix: Segments
     route: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
-    def holding(cls, weight: Routed, mix: Mix) -> Self:
+    def holding(cls, weight: Routed, mix: Segments) -> Self:
         """A new placeholder."""
         plain = Slot.of(weight)
         made = plain.as_subclass(cls)

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
 from ..kernels.choice import autocasts
-from ..tracking.sample_axis import Lost, Rows, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, Untracked, rows_of, tag
 from ..weights import Dense, Slot
 from ..weights.call import current
 from .by_segment import by_experts, by_runs
 from .routed_weight import Placeholder, Routed, member, one_of_equals
-from .segments import Mix
+from .segments import Segments
 
 _REMEDY = "Give this call samples of one adapter, bank[name](...)."
 
@@ -50,8 +50,8 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     found = [
         (place, rows_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
     ]
-    followed = {place: rows for place, rows in found if isinstance(rows, Rows)}
-    lost = next((rows for _, rows in found if isinstance(rows, Lost)), None)
+    followed = {place: rows for place, rows in found if isinstance(rows, SampleAxis)}
+    lost = next((rows for _, rows in found if isinstance(rows, Untracked)), None)
     name = getattr(func, "__name__", repr(func))
     if lost is not None:
         raise AdaptError(
@@ -81,7 +81,7 @@ def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of attention: its padding mask is `(samples, keys)` even where it could not be told in the input."""
     mask = kwargs.get("key_padding_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and rows_of(mask) is None and mask.stride(0) != 0:
-        return {**kwargs, "key_padding_mask": tag(mask, Rows(0, 1))}
+        return {**kwargs, "key_padding_mask": tag(mask, SampleAxis(0, 1))}
     return kwargs
 
 
@@ -119,7 +119,7 @@ _PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 }
 
 
-def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, mix: Mix) -> Any:
+def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, mix: Segments) -> Any:
     """The function of routed parameters alone: a routed parameter again."""
     results = []
     for run in range(len(mix.counts)):

@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec
 from .._torch import is_transformed
 from ..errors import AdaptError
 from ..tracking.layout import put
-from ..tracking.sample_axis import Lost, Rows, rows_of
+from ..tracking.sample_axis import SampleAxis, Untracked, rows_of
 from .routing import RoutedSlot
 
 _PLAIN = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -81,10 +81,10 @@ def is_mixed(leaf: Any) -> bool:
 
 def _lost(leaf: Tensor) -> bool:
     rows = rows_of(leaf)
-    return isinstance(rows, Lost) or (isinstance(rows, Rows) and rows.owners is not None)
+    return isinstance(rows, Untracked) or (isinstance(rows, SampleAxis) and rows.owners is not None)
 
 
-def put_back(leaf: Any, rows: Rows | None, back: Tensor | None, size: int) -> Any:
+def put_back(leaf: Any, rows: SampleAxis | None, back: Tensor | None, size: int) -> Any:
     """An output in the caller's order, without a tag.
 
     Args:
@@ -99,7 +99,7 @@ def put_back(leaf: Any, rows: Rows | None, back: Tensor | None, size: int) -> An
     return leaf if back is None or rows is None else _reordered(leaf, rows, back, size)
 
 
-def rows_out(leaf: Any) -> Rows | None:
+def rows_out(leaf: Any) -> SampleAxis | None:
     """Where the samples lie in an output; None if it is none of the samples.
 
     Raises:
@@ -108,7 +108,7 @@ def rows_out(leaf: Any) -> Rows | None:
     if isinstance(leaf, RoutedSlot):
         raise AdaptError(f"the network returns its parameter {leaf.weight.name!r}, which differs by sample in this batch")
     rows = rows_of(leaf) if isinstance(leaf, Tensor) else None
-    return rows if isinstance(rows, Rows) else None
+    return rows if isinstance(rows, SampleAxis) else None
 
 
 def kind_of(leaves: Sequence[Any], spec: TreeSpec | None) -> object:
@@ -128,7 +128,7 @@ def kind_of(leaves: Sequence[Any], spec: TreeSpec | None) -> object:
     return torch.is_grad_enabled(), told, repr(spec)
 
 
-def _reordered(leaf: Tensor, rows: Rows, back: Tensor, size: int) -> Tensor:
+def _reordered(leaf: Tensor, rows: SampleAxis, back: Tensor, size: int) -> Tensor:
     places = torch.arange(leaf.shape[rows.axis]).view(-1, size, rows.inner)[:, back].flatten()
     return leaf.index_select(rows.axis, places.to(leaf.device))
 
@@ -180,7 +180,7 @@ def _the_one(parts: Sequence[tuple[Any, int]]) -> Any:
 def _rows_of_part(leaf: Tensor, count: int) -> tuple[int, int] | None:
     """Axis and number of neighbours of each sample in an output; None if they cannot be told."""
     rows = rows_of(leaf)
-    if isinstance(rows, Rows) and rows.owners is None and leaf.shape[rows.axis] % (count * rows.inner) == 0:
+    if isinstance(rows, SampleAxis) and rows.owners is None and leaf.shape[rows.axis] % (count * rows.inner) == 0:
         return rows.axis, rows.inner
     plain = leaf.ndim > 0 and leaf.shape[0] == count and list(leaf.shape).count(count) == 1
     return (0, 1) if rows is None and plain else None

@@ -13,10 +13,10 @@ from .._torch import lasting_outside
 from ..kernels.mixed_linear import mixed_linear
 from ..weights import Dense, LowRank, Weight
 from .entry import stacked
-from .segments import Mix
+from .segments import Segments
 
 
-class LowRankRuns:
+class SegmentedLowRank:
     """Low-rank changes of one frozen matrix, stacked.
 
     Args:
@@ -56,7 +56,7 @@ class LowRankRuns:
         whole = isinstance(self.left, nn.Parameter) and isinstance(self.right, nn.Parameter)
         return whole or (self._read_versions() == self._versions and not (self._copied and torch.is_grad_enabled()))
 
-    def linear(self, mix: Mix, x: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, mix: Segments, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ W_n.mT + bias`, n the run of the row of x, which lie along its first axis in order."""
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         sizes = mix.sizes(len(self._changes), flat.shape[0])
@@ -67,7 +67,7 @@ class LowRankRuns:
         return [tensor._version for tensor in self._sources]
 
     @staticmethod
-    def of(members: Sequence[Weight], transposed: bool = False) -> LowRankRuns | None:
+    def of(members: Sequence[Weight], transposed: bool = False) -> SegmentedLowRank | None:
         """The members' stack, or that of their transposes; made so that it carries gradients and may be kept.
 
         Returns:
@@ -77,7 +77,7 @@ class LowRankRuns:
             return _stack([member.mT for member in members] if transposed else members)
 
 
-def _stack(members: Sequence[Weight]) -> LowRankRuns | None:
+def _stack(members: Sequence[Weight]) -> SegmentedLowRank | None:
     base: Tensor | None = None
     changes = []
     for member in members:
@@ -93,7 +93,7 @@ def _stack(members: Sequence[Weight]) -> LowRankRuns | None:
     changed = [isinstance(member, LowRank) for member in members]
     if base is None or not changes or any(later and not earlier for earlier, later in pairwise(changed)):
         return None
-    return LowRankRuns(base, changes)
+    return SegmentedLowRank(base, changes)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,13 +8,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..tracking.replay import StrayedError
-from ..tracking.sample_axis import Rows, rows_of
+from ..tracking.replay import DivergedError
+from ..tracking.sample_axis import SampleAxis, rows_of
 
 Use = tuple[str, int, int]
 
 
-class Mix:
+class Segments:
     """The runs of one call: neighbouring samples of one adapter each.
 
     The first call of a kind is followed by tags. Where all its routed weights met rows that lie in front, it is remembered
@@ -50,18 +50,18 @@ class Mix:
         """Whether the samples lie along the first axis of what a weight meets, in order.
 
         Raises:
-            StrayedError: if the call does not go the remembered way.
+            DivergedError: if the call does not go the remembered way.
         """
         met = self.met
         if self.way is not None:
             assert met is not None
             at = len(met)
             if at >= len(self.way) or x.shape[0] % self.size or self.way[at] != self._use(name, x):
-                raise StrayedError
+                raise DivergedError
             met.append(self.way[at])
             return True
         rows = rows_of(x)
-        found = isinstance(rows, Rows) and rows.axis == 0 and rows.owners is None and x.shape[0] == rows.inner * self.size
+        found = isinstance(rows, SampleAxis) and rows.axis == 0 and rows.owners is None and x.shape[0] == rows.inner * self.size
         if not found:
             self.met = None
         elif met is not None:
@@ -71,7 +71,7 @@ class Mix:
     def elsewhere(self) -> None:
         """A weight met rows that do not lie in front, or that must be known by tags."""
         if self.way is not None:
-            raise StrayedError
+            raise DivergedError
         self.met = None
 
     def sizes(self, runs: int, tokens: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from ..weights import Slot, Weight
 from .entry import stacked
 
 
-class Bundle:
+class StackedWeights:
     """Weights that one method makes of one base, alike but for their tensors.
 
     Args:
@@ -38,20 +38,20 @@ class Bundle:
         return Slot.of(self._members[0].map(lambda _: next(rest)))
 
     @staticmethod
-    def of(members: Sequence[Weight]) -> Bundle | None:
+    def of(members: Sequence[Weight]) -> StackedWeights | None:
         """The members' bundle; None where their tensors differ in number, shape or type."""
         kinds = [[(leaf.shape, leaf.dtype, leaf.device) for leaf in member.leaves()] for member in members]
         try:
             forms = {_form(member) for member in members}
         except TypeError:  # a plain value that cannot be hashed, so that equal ones cannot be told
             return None
-        return Bundle(members) if len(forms) == 1 and all(kind == kinds[0] for kind in kinds) else None
+        return StackedWeights(members) if len(forms) == 1 and all(kind == kinds[0] for kind in kinds) else None
 
 
 def run_at_once(
     func: Callable[[Sequence[Any]], Any],
     places: dict[int, tuple[Tensor, int]],
-    bundles: dict[int, Bundle],
+    bundles: dict[int, StackedWeights],
     leaves: Sequence[Any],
 ) -> Any:
     """A function under `torch.vmap` over the members of bundles.

@@ -15,10 +15,10 @@ from ..adapter_dict import AdapterDict
 from ..errors import AdaptError
 from ..gift_protocol import seeded
 from ..network.frozen_base import BaseView, FrozenBase
-from ..network.module_tree import Buffers, Structure, clone, copied, named
-from ..network.runner import Body
+from ..network.module_tree import Buffers, ModuleTree, clone, copied, named
+from ..network.runner import Runner
 from ..printing import tree
-from ..stack_layout import Recipe
+from ..stack_layout import StackLayout
 from .mixed_batch import Members
 from .vmap_or_loop import CannotBatchError, Member, batched, one_by_one, without_rule
 
@@ -49,7 +49,7 @@ class Ensemble(nn.Module):
     adapter: AdapterDict
 
     def __init__(
-        self, base: FrozenBase, structure: Structure | None, recipe: Recipe, tensors: Parameters, buffers: Tensors
+        self, base: FrozenBase, structure: ModuleTree | None, recipe: StackLayout, tensors: Parameters, buffers: Tensors
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -59,11 +59,11 @@ class Ensemble(nn.Module):
         self._unbatchable = without_rule(structure or base.structure)
         self._reasons: dict[tuple[bool, bool, bool], str] = {}
         self.fallback = self._unbatchable
-        self._body = Body(base, structure, recipe.parts)
+        self._body = Runner(base, structure, recipe.parts)
         for name, stacked in buffers.items():
             module_name, _, attribute = name.rpartition(".")
             self._body.buffers[module_name].tensors[attribute] = stacked
-        self._body.rest_on_base()
+        self._body.bind_base()
         self._state = tuple(buffers)
         self._alike: dict[str, tuple[Tensor, int, bool]] = {}
         self._view: BaseView | None = None
@@ -275,11 +275,11 @@ class Ensemble(nn.Module):
         body, structure = self._body, self._structure(held)
         return body.in_mode(AdaptedModel(body.base, structure, member.parts, tensors, member.strategy, held))
 
-    def _structure(self, held: Mapping[str, Buffers]) -> Structure | None:
+    def _structure(self, held: Mapping[str, Buffers]) -> ModuleTree | None:
         """A copy of the structure, or None where that is the base's: nobody but the ensemble has its own in hand."""
         return None if self._body.pristine else self._body.structure.holding(held)
 
-    def _like(self, recipe: Recipe, tensors: Parameters, buffers: Tensors) -> Ensemble:
+    def _like(self, recipe: StackLayout, tensors: Parameters, buffers: Tensors) -> Ensemble:
         body, structure = self._body, self._structure(copied(self._body.buffers))
         made = body.in_mode(Ensemble(body.base, structure, recipe, tensors, buffers))
         made.chunk_size, made.randomness, made.generator = self.chunk_size, self.randomness, self.generator
@@ -313,7 +313,7 @@ class Ensemble(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._body.rebase(self._body.base.apply(fn))
-        self._body.rest_on_base()
+        self._body.bind_base()
         self.recipe = self.recipe.to(dict(self.adapter.items()))
         self._view = None
         return self
@@ -327,7 +327,7 @@ class Ensemble(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         buffers = {name: self._buffer(name) for name in self._state}
         options = (self.chunk_size, self.randomness)
-        structure = Structure(self._body.structure.detached())
+        structure = ModuleTree(self._body.structure.detached())
         return _restore, (self._body.base, structure.module, self.recipe, dict(self.adapter.items()), buffers, options)
 
     def __repr__(self) -> str:
@@ -339,11 +339,11 @@ class Ensemble(nn.Module):
 def _restore(
     base: FrozenBase,
     module: nn.Module,
-    recipe: Recipe,
+    recipe: StackLayout,
     tensors: dict[str, nn.Parameter],
     buffers: dict[str, Tensor],
     options: tuple[int | None, Randomness],
 ) -> Ensemble:
-    made = Ensemble(base, Structure(module), recipe, tensors, buffers)
+    made = Ensemble(base, ModuleTree(module), recipe, tensors, buffers)
     made.chunk_size, made.randomness = options
     return made

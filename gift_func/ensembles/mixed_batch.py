@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from .._torch import lasting_outside
-from ..adapted_model import kept_buffers
-from ..banks.entry import Entry, own_modules
+from ..adapted_model import persistent_buffers
+from ..banks.entry import Adapter, own_modules
 from ..banks.keeping import Kept
-from ..banks.mixed_batch import Network
+from ..banks.mixed_batch import MixedBatchRunner
 from ..banks.plan import arrange
 from ..banks.samples import numbers_of
 from ..errors import AdaptError
 from ..network.modes import modes_in
-from ..network.module_tree import Structure, clone
-from ..network.runner import Body
-from ..stack_layout import Recipe
+from ..network.module_tree import ModuleTree, clone
+from ..network.runner import Runner
+from ..stack_layout import StackLayout
 
 Tensors = Mapping[str, Tensor]
 
@@ -34,27 +34,27 @@ class Members:
         buffers: the stacked buffers that they keep.
     """
 
-    def __init__(self, body: Body, recipe: Recipe, tensors: Tensors, buffers: Tensors) -> None:
+    def __init__(self, body: Runner, recipe: StackLayout, tensors: Tensors, buffers: Tensors) -> None:
         self._base, self._recipe, self._state = body.base, recipe, _state_of(body, tensors, buffers)
-        self._network = Network(body.base, modes_in(body))
+        self._network = MixedBatchRunner(body.base, modes_in(body))
         if self._network.statistics is not None:
             raise AdaptError(
                 f"{self._network.statistics!r} takes statistics of its batch and keeps them for each member, which a mixed "
                 "batch cannot. Call eval() on the ensemble, use its map, or train the members in a gf.AdapterBank."
             )
         own = own_modules(body.structure, body.base.structure)
-        known = kept_buffers(body.base.structure)
+        known = persistent_buffers(body.base.structure)
         self._entries = []
         for index, member in enumerate(recipe.members):
             with lasting_outside(), torch.enable_grad():
                 shares = {name: tensors[name] if name in recipe.once else tensors[name][index] for name in member.shapes}
                 views = {name: _cut(share, member.shapes[name]) for name, share in shares.items()}
             differing = {name: rows[index] for name, rows in buffers.items() if not _is(rows[index], known.get(name))}
-            structure = Structure(body.structure.detached()).copy(clone) if own else None
-            self._entries.append(Entry(body.base, member.parts, member.strategy, views, differing, structure))
+            structure = ModuleTree(body.structure.detached()).copy(clone) if own else None
+            self._entries.append(Adapter(body.base, member.parts, member.strategy, views, differing, structure))
         self._models = Kept()
 
-    def are(self, body: Body, recipe: Recipe, tensors: Tensors, buffers: Tensors) -> bool:
+    def are(self, body: Runner, recipe: StackLayout, tensors: Tensors, buffers: Tensors) -> bool:
         """Whether these are the members of an ensemble in this state."""
         same = self._base is body.base and self._recipe is recipe
         return same and self._state == _state_of(body, tensors, buffers)
@@ -65,7 +65,7 @@ class Members:
             members = [None if index == -1 else index for index in numbers_of(members, "members")]
         return self._network.run(arrange([self._entry(index) for index in members]), args, kwargs, self._apart)
 
-    def _entry(self, index: int | None) -> Entry | None:
+    def _entry(self, index: int | None) -> Adapter | None:
         if index is None:
             return None
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self._entries):
@@ -75,14 +75,14 @@ class Members:
             )
         return self._entries[index]
 
-    def _apart(self, entry: Entry) -> Callable[..., Any]:
+    def _apart(self, entry: Adapter) -> Callable[..., Any]:
         """What runs one member's samples by themselves."""
         found = self._models.get(entry)
         model = self._models.put(entry, self._network.model(entry)) if found is None else found
         return lambda *args, **kwargs: model.pure(entry.tensors, {}, args, kwargs)
 
 
-def _state_of(body: Body, tensors: Tensors, buffers: Tensors) -> tuple[object, ...]:
+def _state_of(body: Runner, tensors: Tensors, buffers: Tensors) -> tuple[object, ...]:
     of_tensors = [(name, id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()]
     of_buffers = [(name, id(buffer), buffer._version) for name, buffer in buffers.items()]
     return modes_in(body), of_tensors, of_buffers

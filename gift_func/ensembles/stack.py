@@ -12,7 +12,7 @@ from ..adapt import adapt, base_of
 from ..adapted_model import AdaptedModel
 from ..errors import AdaptError
 from ..network.frozen_base import FrozenBase
-from ..network.module_tree import Structure, kept
+from ..network.module_tree import ModuleTree, persistent
 from ..stack_layout import share
 from .ensemble import Ensemble, Randomness
 
@@ -58,12 +58,12 @@ def stack(
         _check_alike(members[0], member, index)
     recipe, tensors = share(members)
     first = members[0]._body
-    buffers: dict[str, list[Tensor]] = {name: [] for name in kept(first.buffers)}
+    buffers: dict[str, list[Tensor]] = {name: [] for name in persistent(first.buffers)}
     for member in members:
-        own = kept(member._body.buffers)
+        own = persistent(member._body.buffers)
         for name, stacked in buffers.items():
             stacked.append(own[name].detach())
-    structure = Structure(first.structure.detached()) if first.is_made else None
+    structure = ModuleTree(first.structure.detached()) if first.is_made else None
     made = Ensemble(first.base, structure, recipe, tensors, {name: torch.stack(rows) for name, rows in buffers.items()})
     for mode in first.modes if structure is None else ():
         made.train(mode)

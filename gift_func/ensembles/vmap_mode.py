@@ -32,7 +32,7 @@ class DisagreementError(Exception):
         self.groups = list(places.values())
 
 
-class Batching(TorchFunctionMode):
+class VmapMode(TorchFunctionMode):
     """Inside of one `torch.vmap` over members: made when it has begun.
 
     A network that decides by a value (transformers looks whether a mask masks anything) is answered if the answer is one

@@ -12,8 +12,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
 from ..gift_protocol import seeded
-from ..network.module_tree import Structure
-from .vmap_mode import Batching, DisagreementError
+from ..network.module_tree import ModuleTree
+from .vmap_mode import DisagreementError, VmapMode
 
 _TENSOR = object()
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -78,7 +78,7 @@ def batched(
         given = [_rows(leaf, rows, size) if mapped and isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
             with draws.again():
-                done.append((rows, _together(member, shares, given, mapped, randomness, Batching)))
+                done.append((rows, _together(member, shares, given, mapped, randomness, VmapMode)))
         except DisagreementError as found:
             groups[:0] = [[rows[place] for place in group] for group in found.groups]
         except RuntimeError as error:
@@ -188,7 +188,7 @@ def _check_plain(leaves: Sequence[Any]) -> None:
             )
 
 
-def without_rule(structure: Structure) -> str | None:
+def without_rule(structure: ModuleTree) -> str | None:
     """A module that torch cannot batch over weights."""
     for name, module in structure.modules.items():
         if isinstance(module, nn.RNNBase):

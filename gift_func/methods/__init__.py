@@ -18,7 +18,7 @@ from .lora import LoRA as LoRA
 from .method import Method as Method
 from .miss import MiSS as MiSS
 from .mixing_lora import MixingLoRA as MixingLoRA
-from .module_method import Graft as Graft
+from .module_method import ModuleMethod as ModuleMethod
 from .norm_tuning import NormTuning as NormTuning
 from .oft import OFT as OFT
 from .shira import SHiRA as SHiRA

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..select import Site
-from ..weights import Triple, Weight
+from ..weights import ScaledLowRank, Weight
 from .factored import LowRankMethod
 from .layout import Layout, matrix_of, rank_axes
 from .rank_allocation import Importance as Importance
@@ -19,10 +19,10 @@ from .rank_allocation import budget_at as budget_at
 from .rank_allocation import importance as importance
 from .rank_allocation import orthogonality_loss as orthogonality_loss
 from .rank_allocation import triplet_scores as triplet_scores
-from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole
 
 
-@settings
+@dataclass(frozen=True)
 class AdaLoRA(LowRankMethod):
     """`W' = W + s·P·diag(λ)·Q` with `s = alpha / rank`: every rank is a triplet that can be switched off by its λ.
 
@@ -62,18 +62,19 @@ class AdaLoRA(LowRankMethod):
     _: KW_ONLY
     alpha: float | None = None
     dropout: float = 0.0
-    initialization: Literal["normal", "random"] = option(default="normal", alias="init")
+    init: Literal["normal", "random"] = "normal"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = settled(default="matrix")
+    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
         check_dropout(self)
-        check_choice("init", self.initialization, ("normal", "random"))
+        check_choice("init", self.init, ("normal", "random"))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
         lead, rows, columns = matrix_of(parameter.shape, self.layout)
         a = self.empty(parameter, *lead, r, columns).normal_(std=0.02, generator=generator)
@@ -84,7 +85,7 @@ class AdaLoRA(LowRankMethod):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         q, p, values = tensors["lora_A"], tensors["lora_B"], tensors["lora_E"].squeeze(-1)
         outer, inner = (q.mT, p.mT) if self.layout == "transposed" else (p, q)
-        return Triple(base, outer, values, inner, scale=self.scale, dropout=self.dropout)
+        return ScaledLowRank(base, outer, values, inner, scale=self.scale, dropout=self.dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {name: rank_axes(tensors[name], left=name == "lora_B") for name in ("lora_A", "lora_B", "lora_E")}

@@ -29,5 +29,5 @@ class BitFit(Full):
         own: `{"head": gf.Full(), "*.bias": gf.BitFit()}`.
     """
 
-    def takes(self, site: Site) -> bool:
-        return "bias" in site.param_name and site.parameter.ndim == 1 and self.refuses(site) is None
+    def is_default_site(self, site: Site) -> bool:
+        return "bias" in site.param_name and site.parameter.ndim == 1 and self.why_not(site) is None

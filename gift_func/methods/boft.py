@@ -53,7 +53,7 @@ class BOFT(MatrixMethod):
     block_num: int | None = None
     n_butterfly_factor: int = 1
     dropout: float = 0.0
-    view: View | Literal["lookup"] = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sizes = {"block_size": self.block_size, "n_butterfly_factor": self.n_butterfly_factor}
@@ -67,9 +67,9 @@ class BOFT(MatrixMethod):
         if not 0.0 <= self.dropout < 1.0:
             raise AdaptError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim >= 2:
-            width = self.at(site)._shape(site.parameter.shape)[-1]
+            width = self.for_site(site)._shape(site.parameter.shape)[-1]
             size = self.block_size if self.block_num is None else width // self.block_num
             several = self.n_butterfly_factor > 1
             step = size * 2 ** (self.n_butterfly_factor - 1)
@@ -77,12 +77,12 @@ class BOFT(MatrixMethod):
                 need = f"block_num={self.block_num}" if self.block_num else f"block_size={self.block_size}"
                 factors = f" and n_butterfly_factor={self.n_butterfly_factor}" if several else ""
                 return f"a {need}{factors} whose blocks, of even size where there are several factors, divide its width {width}"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def at(self, site: Site) -> BOFT:
-        return self.but(view="lookup" if is_lookup(site) else view_of(site))
+    def for_site(self, site: Site) -> BOFT:
+        return self.replace(view="lookup" if is_lookup(site) else view_of(site))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         dtype, device = site.parameter.dtype, site.parameter.device
         *lead, rows, columns = self._shape(site.parameter.shape)
         size = self.block_size if self.block_num is None else columns // self.block_num

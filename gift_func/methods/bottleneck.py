@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import AdaptError
 from .matrix import HF_CONV1D
 from .method import is_a
-from .module_method import Graft, Scion
+from .module_method import AddedModule, ModuleMethod
 from .settings import check_choice, check_dropout, check_whole
 
 Nonlinearity = Literal["relu", "gelu", "silu", "tanh"]
@@ -18,7 +18,7 @@ FUNCTIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 @dataclass(frozen=True)
-class Bottleneck(Graft):
+class Bottleneck(ModuleMethod):
     """`h' = h + s·(W_up·f(W_down·z + b_down) + b_up)`: a residual bottleneck at a module's output h.
 
     Sequential, as in Houlsby et al.: `z = h`, behind the module. Parallel, as in He et al.: `z` is the module's input,
@@ -67,14 +67,14 @@ class Bottleneck(Graft):
         check_choice("nonlinearity", self.nonlinearity, get_args(Nonlinearity))
         check_dropout(self)
 
-    def scion(self, host: nn.Module) -> Scion:
+    def scion(self, host: nn.Module) -> AddedModule:
         width = self.width or _width(host, self.parallel)
         if width is None:
             raise AdaptError(f"the width of a {type(host).__name__} cannot be told from it; give Bottleneck(..., width=...)")
         return Residual(self, width)
 
 
-class Residual(Scion):
+class Residual(AddedModule):
     """The two layers of a bottleneck."""
 
     def __init__(self, method: Bottleneck, width: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
 from typing import Literal, get_args
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Circulant, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_choice, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_whole
 
 Init = Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"]
 
 
-@settings
+@dataclass(frozen=True)
 class C3A(MatrixMethod):
     """`W' = W + C / in`, where every b×b block of C is circulant: `C[i, j] = kernel[(j - i) mod b]`.
 
@@ -46,38 +46,39 @@ class C3A(MatrixMethod):
 
     block_size: int = 256
     _: KW_ONLY
-    initialization: Init = option(default="xavier_uniform", alias="init")
+    init: Init = "xavier_uniform"
     block_size_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View = settled(default="matrix")
+    view: View = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "block_size")
-        check_choice("init", self.initialization, get_args(Init))
+        check_choice("init", self.init, get_args(Init))
 
     @property
     def starts_as_base(self) -> bool:
-        return self.initialization == "zeros"
+        return self.init == "zeros"
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim >= 2:
-            settled = self.at(site)
-            rows, columns = matrix_shape(site.parameter.shape, settled.view)[-2:]
-            if rows % settled.block_size or columns % settled.block_size:
-                return f"a block_size={settled.block_size} that divides its {rows} outputs and {columns} inputs"
-        return super().refuses(site)
+            here = self.for_site(site)
+            rows, columns = matrix_shape(site.parameter.shape, here.view)[-2:]
+            if rows % here.block_size or columns % here.block_size:
+                return f"a block_size={here.block_size} that divides its {rows} outputs and {columns} inputs"
+        return super().why_not(site)
 
-    def at(self, site: Site) -> C3A:
-        return super().at(site).but(view=view_of(site))
+    def for_site(self, site: Site) -> C3A:
+        return super().for_site(site).replace(view=view_of(site))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, size = site.parameter, self.block_size
         *lead, rows, columns = matrix_shape(parameter.shape, self.view)
         shape = (*lead, rows // size, columns // size, size)
         kernel = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-        if self.initialization == "gaussian":
+        if self.init == "gaussian":
             kernel.normal_(generator=generator)
-        elif self.initialization != "zeros":
-            bound = sqrt(6 / (rows + columns) if self.initialization == "xavier_uniform" else 1 / columns)
+        elif self.init != "zeros":
+            bound = sqrt(6 / (rows + columns) if self.init == "xavier_uniform" else 1 / columns)
             kernel.uniform_(-bound, bound, generator=generator)
         return {"c3a_kernel": kernel}
 

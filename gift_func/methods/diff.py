@@ -37,7 +37,7 @@ class Diff(Method):
 
     scale: float = 1.0
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"diff": torch.zeros_like(site.parameter)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

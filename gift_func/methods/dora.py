@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Self
 
 import torch
@@ -13,10 +13,9 @@ from ..select import Site
 from ..weights import Dense, Magnitude, Weight
 from .lora import LoRA
 from .matrix import view_of
-from .settings import settings, settled
 
 
-@settings
+@dataclass(frozen=True)
 class DoRA(LoRA):
     """`W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖`: LoRA for the direction of each row, a trained m for its length.
 
@@ -52,20 +51,20 @@ class DoRA(LoRA):
 
     _: KW_ONLY
     detach_norm: bool = True
-    by_column: bool = settled(default=False)
+    by_column: bool = field(default=False, init=False, repr=False, compare=False)
 
-    def at(self, site: Site) -> Self:
-        return super().at(site).but(by_column=view_of(site) == "transposed")
+    def for_site(self, site: Site) -> Self:
+        return super().for_site(site).replace(by_column=view_of(site) == "transposed")
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        tensors = super().init(site, generator)
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        tensors = super().init_tensors(site, generator)
         base = Dense(site.parameter.detach())
-        norm = self._magnitude(base, {**tensors, **self.derive(base)}, site.parameter).norm()
+        norm = self._magnitude(base, {**tensors, **self.precompute(base)}, site.parameter).norm()
         if self.is_kernel:
             norm = norm.reshape(1, -1, *[1] * (site.parameter.ndim - 2))
         return {**tensors, "lora_magnitude_vector": norm.to(self.dtype or site.parameter.dtype)}
 
-    def derive(self, base: Weight) -> dict[str, Tensor]:
+    def precompute(self, base: Weight) -> dict[str, Tensor]:
         if self.is_kernel:
             return {}
         dense = base.dense()

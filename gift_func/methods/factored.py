@@ -17,7 +17,7 @@ class FactoredMethod(MatrixMethod):
     """A method whose change is a product of factors that fit the parameter in a `Layout`.
 
     Attributes:
-        layout: the layout at a site, a field that `at` sets.
+        layout: the layout at a site, a field that `for_site` sets.
         conv: the layout of kernels; `"kernel"` where it is no field.
         dropout: probability of dropping an input feature on its way into the change; 0 where it is no field.
         dtype: element type of the tensors, a field; None means that of the parameter.
@@ -29,14 +29,14 @@ class FactoredMethod(MatrixMethod):
     dropout: float = 0.0
     dtype: torch.dtype | None
 
-    def refuses(self, site: Site) -> str | None:
-        missing = super().refuses(site)
+    def why_not(self, site: Site) -> str | None:
+        missing = super().why_not(site)
         if missing is None and self.dropout and isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)):
             return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
         return missing
 
-    def at(self, site: Site) -> Self:
-        return super().at(site).but(layout=layout_of(site, self.conv))
+    def for_site(self, site: Site) -> Self:
+        return super().for_site(site).replace(layout=layout_of(site, self.conv))
 
     def empty(self, parameter: Tensor, *shape: int) -> Tensor:
         """A tensor for the adapter of a parameter, not filled."""
@@ -49,12 +49,12 @@ class LowRankMethod(FactoredMethod):
     Attributes:
         rank: r, a field.
         alpha: the numerator of s; None means alpha = rank, and so does no such field.
-        initialization: a field, `init` in the constructor.
+        init: a field, `init` in the constructor.
     """
 
     rank: int
     alpha: float | None = None
-    initialization: str
+    init: str
 
     @property
     def scale(self) -> float:
@@ -63,7 +63,7 @@ class LowRankMethod(FactoredMethod):
 
     @property
     def starts_as_base(self) -> bool:
-        return self.initialization != "random"
+        return self.init != "random"
 
 
 def uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:

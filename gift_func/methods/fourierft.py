@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Fourier, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_choice, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_whole
 
 
-@settings
+@dataclass(frozen=True)
 class FourierFT(MatrixMethod):
     """`W' = W + scaling·Re(F⁻¹(S))`: S is zero but at n random places, where it is trained.
 
@@ -51,32 +51,33 @@ class FourierFT(MatrixMethod):
     _: KW_ONLY
     scaling: float = 150.0
     random_loc_seed: int | None = 777
-    initialization: Literal["normal", "zeros"] = option(default="normal", alias="init")
+    init: Literal["normal", "zeros"] = "normal"
     n_frequency_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View = settled(default="matrix")
+    view: View = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "n_frequency")
-        check_choice("init", self.initialization, ("normal", "zeros"))
+        check_choice("init", self.init, ("normal", "zeros"))
 
     @property
     def starts_as_base(self) -> bool:
-        return self.initialization == "zeros"
+        return self.init == "zeros"
 
-    def refuses(self, site: Site) -> str | None:
-        settled = self.at(site)
-        if site.parameter.ndim >= 2 and settled.n_frequency > matrix_shape(site.parameter.shape, settled.view)[-2:].numel():
-            return f"at least n_frequency={settled.n_frequency} elements"
-        return super().refuses(site)
+    def why_not(self, site: Site) -> str | None:
+        here = self.for_site(site)
+        if site.parameter.ndim >= 2 and here.n_frequency > matrix_shape(site.parameter.shape, here.view)[-2:].numel():
+            return f"at least n_frequency={here.n_frequency} elements"
+        return super().why_not(site)
 
-    def at(self, site: Site) -> FourierFT:
-        return super().at(site).but(view=view_of(site))
+    def for_site(self, site: Site) -> FourierFT:
+        return super().for_site(site).replace(view=view_of(site))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, n = site.parameter, self.n_frequency
         *lead, rows, columns = matrix_shape(parameter.shape, self.view)
         spectrum = torch.zeros(*lead, n, dtype=parameter.dtype, device=parameter.device)
-        if self.initialization == "normal":
+        if self.init == "normal":
             spectrum.normal_(generator=generator)
         if parameter.is_meta:
             places = torch.empty(n, dtype=torch.long, device="meta")

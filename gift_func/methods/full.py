@@ -26,10 +26,10 @@ class Full(Method):
         ['bias']
     """
 
-    def refuses(self, site: Site) -> str | None:
-        return None if site.parameter.dtype.is_complex else super().refuses(site)
+    def why_not(self, site: Site) -> str | None:
+        return None if site.parameter.dtype.is_complex else super().why_not(site)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"": site.parameter.detach().clone()}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

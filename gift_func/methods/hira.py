@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 import torch
@@ -14,10 +14,10 @@ from ..weights import LowRank, Modulated, Weight
 from .factored import LowRankMethod
 from .layout import Layout, factors_of, rank_axes
 from .lora_init import first_factors
-from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole
 
 
-@settings
+@dataclass(frozen=True)
 class HiRA(LowRankMethod):
     """`W' = W ⊙ (1 + B·A)`: each element of W changes in proportion to itself, by factors of low rank.
 
@@ -50,17 +50,18 @@ class HiRA(LowRankMethod):
     rank: int = 32
     _: KW_ONLY
     dropout: float = 0.0
-    initialization: Literal["kaiming", "gaussian", "random"] = option(default="kaiming", alias="init")
+    init: Literal["kaiming", "gaussian", "random"] = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = settled(default="matrix")
+    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
         check_dropout(self)
-        check_choice("init", self.initialization, ("kaiming", "gaussian", "random"))
+        check_choice("init", self.init, ("kaiming", "gaussian", "random"))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         b, a = first_factors(self, site.parameter, generator)
         return {"hira_B": b, "hira_A": a}
 

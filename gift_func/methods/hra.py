@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..select import Site
-from ..weights import Reflected, Weight
+from ..weights import HouseholderRotation, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
 from .settings import FrozenMap, check_whole
 
@@ -50,7 +50,7 @@ class HRA(MatrixMethod):
     _: KW_ONLY
     apply_gs: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View | Literal["lookup"] = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
@@ -60,17 +60,17 @@ class HRA(MatrixMethod):
     def starts_as_base(self) -> bool:
         return not self.apply_gs and not any(rank % 2 for rank in (self.rank, *self.rank_pattern.values()))
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if self.apply_gs and site.parameter.ndim >= 2:
-            settled = self.at(site)
-            if settled.rank > settled._width(site.parameter.shape):
-                return f"a width of at least rank={settled.rank}, for as many orthogonal columns"
-        return super().refuses(site)
+            here = self.for_site(site)
+            if here.rank > here._width(site.parameter.shape):
+                return f"a width of at least rank={here.rank}, for as many orthogonal columns"
+        return super().why_not(site)
 
-    def at(self, site: Site) -> HRA:
-        return super().at(site).but(view="lookup" if is_lookup(site) else view_of(site))
+    def for_site(self, site: Site) -> HRA:
+        return super().for_site(site).replace(view="lookup" if is_lookup(site) else view_of(site))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
         lead = parameter.shape[:-2] if self.view == "matrix" else ()
         paired = not self.apply_gs and self.rank % 2 == 0
@@ -81,7 +81,7 @@ class HRA(MatrixMethod):
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         view = "matrix" if self.view == "lookup" else self.view
-        return on_matrix(base, view, lambda matrix: Reflected(matrix, tensors["hra_u"], self.factors))
+        return on_matrix(base, view, lambda matrix: HouseholderRotation(matrix, tensors["hra_u"], self.factors))
 
     def factors(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """U `(..., in, r)` and T·Uᵀ `(..., r, in)` of `H = I - U·T·Uᵀ`."""

@@ -50,30 +50,30 @@ class IA3(MatrixMethod):
     """
 
     side: Literal["output", "input"] = "output"
-    view: View = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
-    groups: int = field(default=1, repr=False, compare=False, metadata={"settled": True})
+    view: View = field(default="matrix", init=False, repr=False, compare=False)
+    groups: int = field(default=1, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, ("output", "input"))
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         module = site.module
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return "a weight with one row for each output channel"
         packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is not None
         if packed and self.side == "output" and site.param_name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             return "side='input', or a bias of its own to be scaled along with it"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def at(self, site: Site) -> IA3:
+    def for_site(self, site: Site) -> IA3:
         groups = site.module.groups if isinstance(site.module, nn.modules.conv._ConvNd) else 1
-        return self.but(view=view_of(site), groups=groups)
+        return self.replace(view=view_of(site), groups=groups)
 
     def companions(self, site: Site) -> dict[str, Method]:
         bias = site.param_name.replace("weight", "bias")
         return {bias: ScaledBias()} if self.side == "output" and bias != site.param_name else {}
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
         *lead, rows, columns = matrix_shape(parameter.shape, self.view)
         shape = [*lead, rows, 1] if self.side == "output" else [*lead, 1, columns]
@@ -98,7 +98,7 @@ class IA3(MatrixMethod):
 class ScaledBias(Method):
     """`b' = l ⊙ b`: the bias of a layer whose output `IA3` scales, by the same tensor."""
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

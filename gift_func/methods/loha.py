@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import prod
 from typing import Literal, get_args
 
@@ -14,12 +14,12 @@ from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole
 
 Init = Literal["kaiming", "normal", "random"]
 
 
-@settings
+@dataclass(frozen=True)
 class LoHa(LowRankMethod):
     """`W' = W + s·(A₁·B₁) ⊙ (A₂·B₂)` with `s = alpha / rank`: a Hadamard product of two low-rank changes.
 
@@ -66,18 +66,19 @@ class LoHa(LowRankMethod):
     use_effective_conv2d: bool = False
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
-    initialization: Init = option(default="kaiming", alias="init")
+    init: Init = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = settled(default="matrix")
+    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
         check_dropout(self)
-        check_choice("init", self.initialization, get_args(Init))
+        check_choice("init", self.init, get_args(Init))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
         lead, rows, columns = matrix_of(parameter.shape, self.layout)
         tucker = self.use_effective_conv2d and self.layout == "kernel" and prod(parameter.shape[2:]) > 1
@@ -90,11 +91,11 @@ class LoHa(LowRankMethod):
             for part, shape in shapes.items():
                 fan_in = prod(shape[1:]) if part == "t" else shape[-1]
                 tensor = uniform(self.empty(parameter, *shape), fan_in, generator)
-                if self.initialization == "normal":
+                if self.init == "normal":
                     tensor.normal_(std=1.0 if part == "b" else 0.1, generator=generator)
                 made[f"hada_t{i}" if part == "t" else f"hada_w{i}_{part}"] = tensor
         if self.starts_as_base:
-            made["hada_w2_b" if self.initialization == "kaiming" else "hada_w1_a"].zero_()
+            made["hada_w2_b" if self.init == "kaiming" else "hada_w1_a"].zero_()
         return made
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

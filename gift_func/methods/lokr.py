@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import isqrt, prod
 from typing import Literal, get_args
 
@@ -15,12 +15,12 @@ from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole
 
 Init = Literal["kaiming", "lycoris", "random"]
 
 
-@settings
+@dataclass(frozen=True)
 class LoKr(LowRankMethod):
     """`W' = W + s·(C ⊗ D)` with `s = alpha / rank`: a change made of copies of one small matrix, each scaled.
 
@@ -78,22 +78,23 @@ class LoKr(LowRankMethod):
     rank_dropout: float = 0.0
     rank_dropout_scale: bool = False
     module_dropout: float = 0.0
-    initialization: Init = option(default="kaiming", alias="init")
+    init: Init = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = settled(default="matrix")
+    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
         check_dropout(self)
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
-        check_choice("init", self.initialization, get_args(Init))
+        check_choice("init", self.init, get_args(Init))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         lead, _, _ = matrix_of(site.parameter.shape, self.layout)
-        zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.initialization]
+        zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.init]
         made = {}
         for name, shape in self.shapes(site.parameter).items():
             tensor = uniform(self.empty(site.parameter, *lead, *shape), prod(shape[1:]), generator)

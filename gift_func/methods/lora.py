@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
 from typing import ClassVar, get_args
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ..errors import AdaptError
 from ..select import Site
-from ..weights import LowRank, Residual, Weight
+from ..weights import LowRank, LowRankFromStart, Weight
 from .factored import LowRankMethod
 from .full import Full
 from .layout import Conv, Layout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
 from .method import Method, by_shape
-from .settings import FrozenMap, check_choice, check_dropout, check_whole, option, settings, settled
+from .settings import FrozenMap, check_choice, check_dropout, check_whole
 
 
-@settings
+@dataclass(frozen=True)
 class LoRA(LowRankMethod):
     """`W' = W + s·B·A` with `s = alpha / rank`: a change of low rank beside the frozen weight.
 
@@ -83,21 +83,22 @@ class LoRA(LowRankMethod):
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
-    initialization: str = option(default="kaiming", alias="init")
+    init: str = "kaiming"
     train_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     conv: Conv = "kernel"
     dtype: torch.dtype | None = None
-    layout: Layout = settled(default="matrix")
+    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
         for value in (self.rank, *self.rank_pattern.values()):
-            if self.initialization == "orthogonal" and value % 2:
+            if self.init == "orthogonal" and value % 2:
                 raise AdaptError(f"init='orthogonal' splits the rank in two halves and needs an even one, got rank={value}")
         check_dropout(self)
-        initialisation(self.initialization)
+        initialisation(self.init)
         check_choice("conv", self.conv, get_args(Conv))
 
     @property
@@ -111,9 +112,9 @@ class LoRA(LowRankMethod):
         return {bias: Full()} if self.train_bias and bias != site.param_name else {}
 
     @by_shape
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         b, a = first_factors(self, site.parameter, generator)
-        start = {"lora_B0": b.clone(), "lora_A0": a.clone()} if self.initialization.startswith(RESIDUAL) else {}
+        start = {"lora_B0": b.clone(), "lora_A0": a.clone()} if self.init.startswith(RESIDUAL) else {}
         return {"lora_B": b, "lora_A": a, **start}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
@@ -121,7 +122,7 @@ class LoRA(LowRankMethod):
         if "lora_A0" not in tensors:
             return LowRank(base, left, right, self.scale, self.dropout)
         start = factors_of(tensors["lora_B0"], tensors["lora_A0"], self.layout)
-        return Residual(base, (left, right), start, self.scale, self.dropout)
+        return LowRankFromStart(base, (left, right), start, self.scale, self.dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         a, b = tensors["lora_A"], tensors["lora_B"]

@@ -28,7 +28,7 @@ def first_factors(method: LowRankMethod, parameter: Tensor, generator: torch.Gen
         parameter: W, as it is stored.
         generator: for what is random.
     """
-    b, a = initialisation(method.initialization)(method, parameter, generator)
+    b, a = initialisation(method.init)(method, parameter, generator)
     return as_kept(b, a, parameter.shape, method.layout)
 
 

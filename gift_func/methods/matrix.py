@@ -32,18 +32,18 @@ class MatrixMethod(Method):
 
     needs: ClassVar[str] = "a parameter of at least 2 dimensions, which has an input and an output"
 
-    def takes(self, site: Site) -> bool:
+    def is_default_site(self, site: Site) -> bool:
         if isinstance(site.module, nn.MultiheadAttention):
             return site.param_name in PACKED
         layer = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) or is_a(site.module, HF_CONV1D)
         return layer and site.param_name == "weight"
 
-    def overlooks(self, module: nn.Module) -> str | None:
+    def computed_weight_name(self, module: nn.Module) -> str | None:
         layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
         return "weight" if layer and is_computed(module, "weight") else None
 
-    def refuses(self, site: Site) -> str | None:
-        return self.needs if site.parameter.ndim < 2 else super().refuses(site)
+    def why_not(self, site: Site) -> str | None:
+        return self.needs if site.parameter.ndim < 2 else super().why_not(site)
 
 
 def is_lookup(site: Site) -> bool:

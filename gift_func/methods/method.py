@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass and two pure functions, `init` and `weight`."""
+"""What a method is: a frozen dataclass and two pure functions, `init_tensors` and `weight`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ Init = TypeVar("Init", bound=Callable[..., dict[str, Tensor]])
 class Method(ABC):
     """A way to change a parameter by few tensors. Subclasses are frozen dataclasses.
 
-    A subclass defines `init` and `weight`; everything else has a default.
+    A subclass defines `init_tensors` and `weight`; everything else has a default.
 
-    A field with metadata `settled` is set by `at` and is not written as data; one with metadata `argument` goes by that
-    name in the constructor, as `option` and `settings` arrange it.
+    A field with `init=False` is set by `for_site`, and is not written as data.
 
     Attributes:
         frozen: names of the tensors of `init` that are kept and saved but not trained.
@@ -37,16 +36,20 @@ class Method(ABC):
 
     frozen: ClassVar[frozenset[str]] = frozenset()
 
+    def __post_init__(self) -> None:
+        for name in _patterns(type(self)):
+            object.__setattr__(self, name, FrozenMap(getattr(self, name)))
+
     @abstractmethod
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The adapter's tensors for one site, by their short names.
 
-        An empty name stands for the parameter's own. Called without gradients, on the method that `at` returned.
+        An empty name stands for the parameter's own. Called without gradients, on the method that `for_site` returned.
         """
 
     @abstractmethod
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        """The changed weight: a pure function of the base's weight and the tensors of `init`, `common` and `derive`.
+        """The changed weight: a pure function of the base's weight and the tensors of `init_tensors`, `common` and `derive`.
 
         It should only arrange tensors and view them, and leave what is to be computed to the weight's own methods: a
         weight that holds nothing computed rests in the network between calls, any other is made anew for each.
@@ -57,32 +60,32 @@ class Method(ABC):
         """Whether an adapted model computes what its base does until it is trained."""
         return True
 
-    def takes(self, site: Site) -> bool:
+    def is_default_site(self, site: Site) -> bool:
         """Whether the site is one of the method's usual ones, taken where nothing else was said."""
-        return self.refuses(site) is None
+        return self.why_not(site) is None
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         """What is missing for the method to adapt the site, or None if it can."""
         return None if site.parameter.dtype.is_floating_point else "a floating-point parameter"
 
-    def overlooks(self, module: nn.Module) -> str | None:
+    def computed_weight_name(self, module: nn.Module) -> str | None:
         """A weight that would be one of the method's usual ones if the module did not compute it, by its name."""
         return None
 
-    def at(self, site: Site) -> Self:
+    def for_site(self, site: Site) -> Self:
         """The method as it applies to one site: patterns looked up, choices made.
 
         A field `x` with a field `x_pattern` beside it takes the value of the pattern's first hit.
         """
-        settled: dict[str, Any] = {}
+        here: dict[str, Any] = {}
         for name in _patterns(type(self)):
             if getattr(self, name):
                 option = name.removesuffix("_pattern")
-                settled[option] = first_match(getattr(self, name), site.module_name, getattr(self, option))
-                settled[name] = FrozenMap()
-        return self.but(**settled) if settled else self
+                here[option] = first_match(getattr(self, name), site.module_name, getattr(self, option))
+                here[name] = FrozenMap()
+        return self.replace(**here) if here else self
 
-    def common(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def shared_tensors(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Tensors that all sites of one rule share; they are kept once, under their own names, and not trained.
 
         Args:
@@ -90,7 +93,7 @@ class Method(ABC):
         """
         return {}
 
-    def derive(self, base: Weight) -> dict[str, Tensor]:
+    def precompute(self, base: Weight) -> dict[str, Tensor]:
         """Tensors that follow from the base's weight alone: computed once, kept with the base, not saved."""
         return {}
 
@@ -102,7 +105,7 @@ class Method(ABC):
         """Where the rank is: the axes of each tensor along which zeros may follow without changing the weight.
 
         With all of them longer by the same number, the zeros get no gradient either: so adapters of several ranks act as
-        one of the largest, apart from `scaled_tensors`. Asked of the method that `at` returned.
+        one of the largest, apart from `scaled_tensors`. Asked of the method that `for_site` returned.
 
         Args:
             tensors: one adapter's tensors at the site, by their short names; only their shapes count.
@@ -127,12 +130,12 @@ class Method(ABC):
         """The method as plain data (JSON): the constructor's arguments, without those at their default."""
         data: dict[str, Any] = {"method": type(self).__name__}
         for item in fields(cast(Any, self)):
-            if item.metadata.get("settled"):
+            if not item.init:
                 continue
             value = getattr(self, item.name)
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             if value != default:
-                data[item.metadata.get("argument", item.name)] = _plain(value)
+                data[item.name] = _plain(value)
         return data
 
     @staticmethod
@@ -147,8 +150,8 @@ class Method(ABC):
         if name not in known:
             raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
         kind = known[name]
-        every = [item for item in fields(cast(Any, kind)) if not item.metadata.get("settled")]
-        allowed = [item.metadata.get("argument", item.name) for item in every]
+        every = [item for item in fields(cast(Any, kind)) if item.init]
+        allowed = [item.name for item in every]
         values = {key: value for key, value in data.items() if key != "method"}
         unknown = sorted(values.keys() - set(allowed))
         if unknown:
@@ -168,7 +171,7 @@ class Method(ABC):
         parts = [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "method"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def but(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """The same method with some fields changed."""
         made = copy.copy(self)  # which knows classes with slots
         for name, value in changes.items():
@@ -177,7 +180,7 @@ class Method(ABC):
 
 
 def by_shape(init: Init) -> Init:
-    """Mark an `init` whose tensors' names, shapes and types follow from the method and the parameter's shape and type alone.
+    """Mark an `init_tensors` whose names, shapes and types follow from the method and the parameter's shape and type alone.
 
     Where no values are wanted, places that are alike are then asked about once.
     """
@@ -187,7 +190,7 @@ def by_shape(init: Init) -> Init:
 
 def is_by_shape(method: Method) -> bool:
     """Whether the method's `init` is marked so; another one that a subclass defines is not."""
-    return getattr(type(method).init, "by_shape", False)
+    return getattr(type(method).init_tensors, "by_shape", False)
 
 
 def is_a(module: nn.Module, *names: str) -> bool:

@@ -48,7 +48,7 @@ class MiSS(MatrixMethod):
         {'miss_block': (2, 4)}
 
     References:
-        Kang and Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, 2024
+        Kang and Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing ModuleTree, 2024
         (arXiv:2409.15371), at first named Bone and Bat.
     """
 
@@ -58,7 +58,7 @@ class MiSS(MatrixMethod):
     mini_rank: int = 1
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    view: View = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
@@ -74,25 +74,25 @@ class MiSS(MatrixMethod):
             where = "a probability in [0, 1)" if self.mode != "bat" else "0 in the mode 'bat', whose change needs all inputs"
             raise AdaptError(f"dropout is {where}, got dropout={self.dropout!r}")
 
-    def refuses(self, site: Site) -> str | None:
-        settled, parameter = self.at(site), site.parameter
+    def why_not(self, site: Site) -> str | None:
+        here, parameter = self.for_site(site), site.parameter
         if parameter.ndim >= 2:
-            rows, columns = matrix_shape(parameter.shape, settled.view)[-2:]
-            if settled.rank > columns:
-                return f"at least rank={settled.rank} inputs"
-            if self.mode == "bat" and (rows % settled.rank or columns % settled.rank):
-                return f"a rank={settled.rank} that divides its {rows} outputs and {columns} inputs"
+            rows, columns = matrix_shape(parameter.shape, here.view)[-2:]
+            if here.rank > columns:
+                return f"at least rank={here.rank} inputs"
+            if self.mode == "bat" and (rows % here.rank or columns % here.rank):
+                return f"a rank={here.rank} that divides its {rows} outputs and {columns} inputs"
             if self.mode == "mini" and rows % self.mini_rank:
                 return f"a mini_rank={self.mini_rank} that divides its {rows} outputs"
-        whole = is_lookup(site) or settled.view == "kernel" or isinstance(site.module, (nn.RNNBase, nn.RNNCellBase))
+        whole = is_lookup(site) or here.view == "kernel" or isinstance(site.module, (nn.RNNBase, nn.RNNCellBase))
         if self.dropout and whole:
             return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def at(self, site: Site) -> MiSS:
-        return super().at(site).but(view=view_of(site))
+    def for_site(self, site: Site) -> MiSS:
+        return super().for_site(site).replace(view=view_of(site))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         *lead, rows, _ = matrix_shape(site.parameter.shape, self.view)
         shape = {
             "default": (self.rank, rows),

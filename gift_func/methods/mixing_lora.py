@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -13,10 +14,9 @@ from ..weights import Mixing, Weight
 from .factored import uniform
 from .lora import LoRA
 from .matrix import CONVOLUTIONS
-from .settings import settings
 
 
-@settings
+@dataclass(frozen=True)
 class MixingLoRA(LoRA):
     """`y = W ∗ x + s·B ∗ (A ∗ x)` beside a grouped W, with A over all channels of x and B grouped.
 
@@ -38,17 +38,17 @@ class MixingLoRA(LoRA):
         PEFT's LoRA for convolutions. There A knows no dilation and no padding mode; here it has the convolution's.
     """
 
-    def takes(self, site: Site) -> bool:
-        return isinstance(site.module, CONVOLUTIONS) and site.param_name == "weight" and self.refuses(site) is None
+    def is_default_site(self, site: Site) -> bool:
+        return isinstance(site.module, CONVOLUTIONS) and site.param_name == "weight" and self.why_not(site) is None
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if not isinstance(site.module, CONVOLUTIONS) or site.param_name != "weight":
             return "the weight of a Conv1d, Conv2d or Conv3d"
-        if self.at(site).rank % site.module.groups:
+        if self.for_site(site).rank % site.module.groups:
             return f"a rank that is a multiple of its {site.module.groups} groups"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, module = site.parameter, site.module
         assert isinstance(module, nn.modules.conv._ConvNd)
         out, within, *kernel = parameter.shape

@@ -15,7 +15,7 @@ from ..weights import Weight
 from .method import Method
 
 
-class Scion(nn.Module):
+class AddedModule(nn.Module):
     """What is grafted: a module that changes its host's output."""
 
     @abstractmethod
@@ -23,7 +23,7 @@ class Scion(nn.Module):
         """The changed output: a forward hook of the host in the adapted model's private copy."""
 
 
-class Graft(Method):
+class ModuleMethod(Method):
     """A method whose sites are modules: those that a rule selects and that lie in no other one it selects.
 
     A subclass defines `scion`. The grafted module's parameters are the adapter's, under
@@ -36,17 +36,17 @@ class Graft(Method):
     attribute: ClassVar[str]
 
     @abstractmethod
-    def scion(self, host: nn.Module) -> Scion:
+    def scion(self, host: nn.Module) -> AddedModule:
         """The module to graft, newly initialised from the global random state.
 
         Raises:
             AdaptError: if it cannot be told from the host what is needed.
         """
 
-    def takes(self, site: Site) -> bool:
+    def is_default_site(self, site: Site) -> bool:
         return False
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         return f"a host without a {self.attribute!r} of its own" if hasattr(site.module, self.attribute) else None
 
     def graft(self, host: nn.Module) -> None:
@@ -59,7 +59,7 @@ class Graft(Method):
         host.add_module(self.attribute, scion)
         host.register_forward_hook(scion.after)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         raise AdaptError(f"{self} adds a module and has no tensors for the parameter {site.name!r}")
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

@@ -34,8 +34,8 @@ class NormTuning(Full):
         are a rule of their own here.
     """
 
-    def takes(self, site: Site) -> bool:
-        return is_norm(site.module) and self.refuses(site) is None
+    def is_default_site(self, site: Site) -> bool:
+        return is_norm(site.module) and self.why_not(site) is None
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -65,9 +65,9 @@ class OFT(MatrixMethod):
     block_share: bool = False
     rescale: bool = False
     dropout: float = 0.0
-    view: View | Literal["lookup"] = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
-    size: int = field(default=0, repr=False, compare=False, metadata={"settled": True})
-    count: int = field(default=0, repr=False, compare=False, metadata={"settled": True})
+    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
+    size: int = field(default=0, init=False, repr=False, compare=False)
+    count: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or (self.block_num is not None and self.block_num < 1):
@@ -82,18 +82,18 @@ class OFT(MatrixMethod):
         if not 0.0 <= self.dropout < 1.0:
             raise AdaptError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
 
-    def at(self, site: Site) -> OFT:
-        settled = self.but(view="lookup" if is_lookup(site) else view_of(site))
-        width = settled._width(site.parameter.shape)
-        size = settled._size(width)
-        return settled.but(size=size, count=width // size)
+    def for_site(self, site: Site) -> OFT:
+        here = self.replace(view="lookup" if is_lookup(site) else view_of(site))
+        width = here._width(site.parameter.shape)
+        size = here._size(width)
+        return here.replace(size=size, count=width // size)
 
-    def refuses(self, site: Site) -> str | None:
-        if site.parameter.ndim >= 2 and self.at(site).size < 2:
+    def why_not(self, site: Site) -> str | None:
+        if site.parameter.ndim >= 2 and self.for_site(site).size < 2:
             return "a width that blocks of at least 2 features divide, near the block_size or block_num asked for"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
         lead = parameter.shape[:-2] if self.view == "matrix" else ()
         width = self.size * self.count

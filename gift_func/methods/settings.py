@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import wraps
-from typing import Any, Literal, TypeVar, cast, dataclass_transform
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
-from ..errors import AdaptError, nearest
+from ..errors import AdaptError
 
 Kind = TypeVar("Kind")
 Value = TypeVar("Value")
-
-
-def option(*, default: Any, alias: str) -> Any:
-    """A field that goes by another name in the constructor: `init`, say, which is the name of the method's function."""
-    return field(default=default, metadata={"argument": alias})
-
-
-def settled(*, default: Any, init: Literal[False] = False) -> Any:
-    """A field that `Method.at` sets, and no one else."""
-    return field(default=default, init=init, repr=False, compare=False, metadata={"settled": True})
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field, option, settled))
-def settings(kind: type[Kind]) -> type[Kind]:
-    """`dataclass(frozen=True)` for a method with fields made by `option`, or with patterns, which it keeps as `FrozenMap`."""
-    made = dataclass(frozen=True)(kind)
-    every = fields(made)  # type: ignore[arg-type]  # the class is one now, which its type does not say
-    names = {item.metadata.get("argument", item.name): item.name for item in every if item.init}
-    arguments = {name: argument for argument, name in names.items()}
-    plain = made.__init__
-
-    @wraps(plain)
-    def construct(self: Any, *values: Any, **options: Any) -> None:
-        given = {}
-        for name, value in options.items():
-            if name not in names and name not in arguments:  # by which `dataclasses.replace` calls fields
-                raise TypeError(f"{kind.__name__} has no option {name!r}; {nearest(name, names)}")
-            given[names.get(name, name)] = FrozenMap(value) if name.endswith("_pattern") else value
-        plain(self, *values, **given)
-
-    signature = inspect.signature(plain)
-    shown = [item.replace(name=arguments.get(name, name)) for name, item in signature.parameters.items()]
-    construct.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]  # inspect looks for it
-    made.__init__ = construct  # type: ignore[method-assign]
-    return made
 
 
 class FrozenMap(Mapping[str, Value]):

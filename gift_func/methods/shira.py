@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..select import Site
-from ..weights import Scattered, Weight
+from ..weights import SparseDelta, Weight
 from .matrix import MatrixMethod
 from .settings import check_whole
 
@@ -55,15 +55,15 @@ class SHiRA(MatrixMethod):
     def __post_init__(self) -> None:
         check_whole(self, "rank")
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim < 2:
             return self.needs
         rows, columns = _matrix(site.parameter.shape)
         if self.rank * (rows + columns) > rows * columns:
             return f"at least rank·(rows + columns) = {self.rank * (rows + columns)} entries"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
         rows, columns = _matrix(parameter.shape)
         count = self.rank * (rows + columns)
@@ -78,7 +78,7 @@ class SHiRA(MatrixMethod):
         return {"shira_weight": values, "shira_indices": indices}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        return Scattered(base, tensors["shira_weight"], tensors["shira_indices"], self.scale)
+        return SparseDelta(base, tensors["shira_weight"], tensors["shira_indices"], self.scale)
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:

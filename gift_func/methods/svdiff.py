@@ -47,11 +47,11 @@ class SVDiff(MatrixMethod):
     def __post_init__(self) -> None:
         check_choice("conv", self.conv, ("balanced", "rows"))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         rank = min(self._matrix(site.parameter.shape))
         return {"spectral_shift": torch.zeros(rank, dtype=site.parameter.dtype, device=site.parameter.device)}
 
-    def derive(self, base: Weight) -> dict[str, Tensor]:
+    def precompute(self, base: Weight) -> dict[str, Tensor]:
         matrix = base.dense().reshape(self._matrix(base.shape))
         # Half precision has no decomposition; the factors are rounded back, as the weight itself is.
         wide = matrix.dtype if matrix.dtype in (torch.float32, torch.float64) else torch.float32

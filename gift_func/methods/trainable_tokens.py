@@ -51,19 +51,19 @@ class TrainableTokens(Method):
                 raise AdaptError(f"token_indices holds whole numbers from 0 up, got {token!r}")
         object.__setattr__(self, "token_indices", found)
 
-    def takes(self, site: Site) -> bool:
+    def is_default_site(self, site: Site) -> bool:
         return isinstance(site.module, nn.Embedding) and site.param_name == "weight"
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim != 2 or site.parameter.shape[0] <= max(self.token_indices):
             return f"a matrix of more than {max(self.token_indices)} rows, one for each token"
-        return super().refuses(site)
+        return super().why_not(site)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         rows = torch.tensor(self.token_indices, device=site.parameter.device)
         return {"trainable_tokens_delta": site.parameter.detach().index_select(0, rows)}
 
-    def derive(self, base: Weight) -> dict[str, Tensor]:
+    def precompute(self, base: Weight) -> dict[str, Tensor]:
         indices = torch.tensor(self.token_indices, device=base.device)
         positions = torch.full((base.shape[0], 1), -1, device=base.device)
         places = torch.arange(len(self.token_indices), device=base.device).unsqueeze(-1)

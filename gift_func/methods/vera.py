@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..select import Site
-from ..weights import Triple, Weight
+from ..weights import ScaledLowRank, Weight
 from .factored import FactoredMethod
 from .layout import Layout, layout_of, matrix_of
 from .settings import check_dropout, check_whole
@@ -54,18 +54,18 @@ class VeRA(FactoredMethod):
     d_initial: float = 0.1
     dropout: float = 0.0
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", repr=False, compare=False, metadata={"settled": True})
+    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_whole(self, "rank")
         check_dropout(self)
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         lead, rows, _ = matrix_of(site.parameter.shape, self.layout)
         b = self.empty(site.parameter, *lead, rows).zero_()
         return {"vera_lambda_b": b, "vera_lambda_d": b.new_full((*lead, self.rank), self.d_initial)}
 
-    def common(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def shared_tensors(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         shapes = [matrix_of(site.parameter.shape, layout_of(site))[1:] for site in sites]
         rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
         first = sites[0].parameter
@@ -83,8 +83,8 @@ class VeRA(FactoredMethod):
         _, rows, columns = matrix_of(base.shape, self.layout)
         inner, outer = tensors["vera_A"][:, :columns], tensors["vera_B"][:rows]
         if self.layout == "transposed":
-            return Triple(base, inner.mT, d, outer.mT, columns=b, dropout=self.dropout)
-        return Triple(base, outer, d, inner, rows=b, dropout=self.dropout)
+            return ScaledLowRank(base, inner.mT, d, outer.mT, columns=b, dropout=self.dropout)
+        return ScaledLowRank(base, outer, d, inner, rows=b, dropout=self.dropout)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {"vera_A": (0,), "vera_B": (1,), "vera_lambda_d": (tensors["vera_lambda_d"].ndim - 1,)}

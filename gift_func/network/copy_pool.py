@@ -11,7 +11,7 @@ from torch import nn
 
 from .._torch import lasting_outside, without_modes
 from .frozen_base import FrozenBase
-from .module_tree import Buffers, Structure, copied
+from .module_tree import Buffers, ModuleTree, copied
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,11 +35,11 @@ class PrivateCopy(ABC):
         modes: the training modes that a copy of the base is to be put in, one after the other.
     """
 
-    def __init__(self, base: FrozenBase, structure: Structure | None, buffers: dict[str, Buffers] | None) -> None:
+    def __init__(self, base: FrozenBase, structure: ModuleTree | None, buffers: dict[str, Buffers] | None) -> None:
         self.base = base
         self.pristine = structure is None
         self.modes: list[bool] = []
-        self._own: Structure | None = None
+        self._own: ModuleTree | None = None
         self._lock = threading.RLock()
         if structure is None:
             self.buffers = copied(base.structure.held()) if buffers is None else buffers
@@ -49,11 +49,11 @@ class PrivateCopy(ABC):
             self._own = structure
 
     @abstractmethod
-    def furnish(self, structure: Structure) -> None:
+    def furnish(self, structure: ModuleTree) -> None:
         """Put what belongs there into the copy, which is about to be used."""
 
     @property
-    def structure(self) -> Structure:
+    def structure(self) -> ModuleTree:
         """The private copy."""
         own = self._own
         return self._made() if own is None else own
@@ -69,7 +69,7 @@ class PrivateCopy(ABC):
         return self._own is not None
 
     @property
-    def outline(self) -> Structure:
+    def outline(self) -> ModuleTree:
         """Which modules and parameters there are, only to be read: tensors and training modes may be others than the copy's."""
         return self.base.structure if self._own is None else self._own
 
@@ -127,7 +127,7 @@ class PrivateCopy(ABC):
                         self._own.bind(name, base.tensors[origin])
             self.base = base
 
-    def _made(self) -> Structure:
+    def _made(self) -> ModuleTree:
         with self._lock, lasting_outside(), without_modes():
             if self._own is None:
                 structure = self.base.structure.holding(self.buffers)

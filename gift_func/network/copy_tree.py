@@ -80,7 +80,7 @@ class Replica(NamedTuple):
     modules: dict[str, nn.Module]
 
 
-def replica(
+def copy_tree(
     modules: dict[str, nn.Module], parameter_of: Callable[[Any], Tensor], buffer_of: Callable[[Tensor], Tensor]
 ) -> Replica:
     """A copy of a module tree that shares nothing with it but what these functions make of its parameters and buffers.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_transformed
-from .module_tree import Structure, join
+from .module_tree import ModuleTree, join
 
 
-def fused_names(body: Structure, adapted: Collection[str]) -> frozenset[str]:
+def fused_names(body: ModuleTree, adapted: Collection[str]) -> frozenset[str]:
     """The adapted parameters that a fused kernel would read."""
     layers = [module for module in body.modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
     if not layers:
@@ -26,12 +26,12 @@ def fused_names(body: Structure, adapted: Collection[str]) -> frozenset[str]:
     return frozenset(name for name in adapted if any(id(module) in inside for module, _ in body.places[name]))
 
 
-def runs_fused(body: Structure, tensors: Collection[Tensor]) -> bool:
+def runs_fused(body: ModuleTree, tensors: Collection[Tensor]) -> bool:
     """Whether a call under way would take the fused kernels if there were no slots."""
     return not torch.is_grad_enabled() and not body.module.training and not any(map(is_transformed, tensors))
 
 
-def guards(body: Structure, adapted: Collection[str]) -> list[str]:
+def guards(body: ModuleTree, adapted: Collection[str]) -> list[str]:
     """Parameters that must be slots too, lest an encoder with adapted layers packs its batch for unadapted ones."""
     found: list[str] = []
     for path, module in body.modules.items():

@@ -19,7 +19,7 @@ from ..select import Site
 from ..weights import Dense, Slot, Weight
 from .copy_tree import paths, walk
 from .fast_path import fused_names, runs_fused
-from .module_tree import Structure, join
+from .module_tree import ModuleTree, join
 
 SAMPLE = 1024
 """Elements of each tensor that enter a fingerprint."""
@@ -35,7 +35,7 @@ class FrozenBase:
         trainable: names of the parameters that required grad in the user's model.
     """
 
-    def __init__(self, structure: Structure, trainable: frozenset[str] = frozenset()) -> None:
+    def __init__(self, structure: ModuleTree, trainable: frozenset[str] = frozenset()) -> None:
         self.structure = structure
         self.trainable = trainable
         self.tensors: dict[str, Tensor] = {name: structure.tensor(name) for name in structure.places}
@@ -64,7 +64,7 @@ class FrozenBase:
             AdaptError: if the model's structure cannot be copied.
         """
         modules = walk(model)
-        structure = Structure.of(modules)
+        structure = ModuleTree.of(modules)
         trainable = set()
         for module_name, module in modules.items():
             for attribute, parameter in module._parameters.items():
@@ -103,13 +103,13 @@ class FrozenBase:
 
     def derived(self, name: str, method: Method) -> dict[str, Tensor]:
         """What a method computes from a weight alone, computed once and kept with the base."""
-        if type(method).derive is Method.derive:
+        if type(method).precompute is Method.precompute:
             return {}
         with self._lock:
             found = self._derived.get((name, method))
             if found is None:
                 with torch.no_grad():
-                    found = {part: tensor.detach() for part, tensor in method.derive(self.weights[name]).items()}
+                    found = {part: tensor.detach() for part, tensor in method.precompute(self.weights[name]).items()}
                 self._derived[name, method] = found
             return found
 
@@ -162,7 +162,7 @@ class FrozenBase:
         ours, theirs = (torch.renorm(base.tensors[name].detach(), norm, 0, most) for base in (self, other))
         return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), rtol=1e-4, atol=0.0)
 
-    def learn(self, other: FrozenBase) -> None:
+    def adopt_derived(self, other: FrozenBase) -> None:
         """Take over what methods derived from these very tensors through another base that shares them."""
         self.watch()
         other.watch()
@@ -218,7 +218,7 @@ class FrozenBase:
 class BaseView:
     """The frozen base, unadapted, in the modes (training or not) of an adapted model's body."""
 
-    def __init__(self, base: FrozenBase, body: Structure) -> None:
+    def __init__(self, base: FrozenBase, body: ModuleTree) -> None:
         self._frozen = base
         self._body = body
         self._copy = base.structure.copy()
@@ -261,7 +261,7 @@ def as_tensor(weight: Weight) -> Tensor:
 
 
 def _rebuild(module: nn.Module, trainable: frozenset[str]) -> FrozenBase:
-    return FrozenBase(Structure(module), trainable)
+    return FrozenBase(ModuleTree(module), trainable)
 
 
 def samples(tensors: Iterable[Tensor]) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import AdaptError
 from .copy_tree import clone as clone
-from .copy_tree import paths, replica, walk
+from .copy_tree import copy_tree, paths, walk
 
 
 def _same(tensor: Any) -> Any:
@@ -24,18 +24,18 @@ class Buffers(NamedTuple):
 
     Attributes:
         tensors: by attribute.
-        passing: the attributes of those that are not saved.
+        non_persistent: the attributes of those that are not saved.
     """
 
     tensors: dict[str, Tensor | None]
-    passing: set[str]
+    non_persistent: set[str]
 
-    def kept(self) -> dict[str, Tensor]:
+    def persistent(self) -> dict[str, Tensor]:
         """Those that are saved."""
-        return {name: tensor for name, tensor in self.tensors.items() if tensor is not None and name not in self.passing}
+        return {name: tensor for name, tensor in self.tensors.items() if tensor is not None and name not in self.non_persistent}
 
 
-class Structure:
+class ModuleTree:
     """One private copy of a module tree, and where each parameter stands in it.
 
     Attributes:
@@ -75,7 +75,7 @@ class Structure:
         return found
 
     @staticmethod
-    def of(modules: dict[str, nn.Module]) -> Structure:
+    def of(modules: dict[str, nn.Module]) -> ModuleTree:
         """The private copy of a user's module: parameters are frozen aliases, buffers are clones.
 
         Args:
@@ -91,17 +91,17 @@ class Structure:
             alias = parameter.detach()
             return nn.Parameter(alias.clone() if id(parameter) in writers else alias, requires_grad=False)
 
-        return Structure(*replica(modules, frozen, clone))
+        return ModuleTree(*copy_tree(modules, frozen, clone))
 
-    def copy(self, buffer_of: Callable[[Tensor], Tensor] = _same) -> Structure:
+    def copy(self, buffer_of: Callable[[Tensor], Tensor] = _same) -> ModuleTree:
         """Another private copy, with the same parameters.
 
         Args:
             buffer_of: what the copy holds for a buffer; by default the very same one.
         """
-        return Structure(*replica(walk(self.module), _same, buffer_of))
+        return ModuleTree(*copy_tree(walk(self.module), _same, buffer_of))
 
-    def holding(self, buffers: Mapping[str, Buffers]) -> Structure:
+    def holding(self, buffers: Mapping[str, Buffers]) -> ModuleTree:
         """Another private copy, with the same parameters and with these buffers in the places of its own."""
         mine = named(buffers)
         given = {id(tensor): mine[name] for name, tensor in named(self.held()).items()}
@@ -111,12 +111,12 @@ class Structure:
 
     def hold(self, buffers: Mapping[str, Buffers]) -> None:
         """Put these buffers, in these very dictionaries, in the places of its own."""
-        for name, (tensors, passing) in buffers.items():
-            vars(self.modules[name]).update(_buffers=tensors, _non_persistent_buffers_set=passing)
+        for name, (tensors, non_persistent) in buffers.items():
+            vars(self.modules[name]).update(_buffers=tensors, _non_persistent_buffers_set=non_persistent)
 
     def detached(self, parameter_of: Callable[[Any], Tensor] = _same) -> nn.Module:
         """A module that shares nothing with this copy but what `parameter_of` makes of each parameter."""
-        return replica(walk(self.module), parameter_of, clone).root
+        return copy_tree(walk(self.module), parameter_of, clone).root
 
     def tensor(self, name: str) -> nn.Parameter:
         """What stands in a parameter's place."""
@@ -151,12 +151,12 @@ def copied(held: Mapping[str, Buffers], source: Mapping[str, Tensor] | None = No
     """Copies of buffers, in dictionaries of their own; what one tensor was, one tensor is again.
 
     Args:
-        held: the buffers, as `Structure.held` gives them.
+        held: the buffers, as `ModuleTree.held` gives them.
         source: values for some of them, by global names; the copies have the element type and device of `held` still.
     """
     made: dict[str, Buffers] = {}
     known: dict[int, Tensor] = {}
-    for module_name, (tensors, passing) in held.items():
+    for module_name, (tensors, non_persistent) in held.items():
         own: dict[str, Tensor | None] = {}
         for attribute, tensor in tensors.items():
             own[attribute] = None
@@ -165,7 +165,7 @@ def copied(held: Mapping[str, Buffers], source: Mapping[str, Tensor] | None = No
                 if id(origin) not in known:
                     known[id(origin)] = clone(origin.to(tensor))
                 own[attribute] = known[id(origin)]
-        made[module_name] = Buffers(own, set(passing))
+        made[module_name] = Buffers(own, set(non_persistent))
     return made
 
 
@@ -179,12 +179,12 @@ def named(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
     }
 
 
-def kept(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
+def persistent(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
     """The persistent buffers, by their global names."""
     return {
         join(module_name, attribute): tensor
         for module_name, buffers in held.items()
-        for attribute, tensor in buffers.kept().items()
+        for attribute, tensor in buffers.persistent().items()
     }
 
 

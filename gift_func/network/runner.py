@@ -17,14 +17,14 @@ from ..weights.call import Call, calling
 from .copy_pool import PrivateCopy
 from .fast_path import fused_names, guards, runs_fused
 from .frozen_base import FrozenBase
-from .module_tree import Buffers, Structure, clone, join
+from .module_tree import Buffers, ModuleTree, clone, join
 from .snapshot import Snapshot
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class AdaptedParameter:
     """One adapted parameter.
 
     Attributes:
@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Twin:
+class PooledCopy:
     """A second copy, for calls with other tensors than the model's own.
 
     Attributes:
@@ -49,13 +49,13 @@ class Twin:
         buffers: the modules that hold buffers, of the body and of the copy.
     """
 
-    structure: Structure
+    structure: ModuleTree
     source: Snapshot
     own: Snapshot
     buffers: list[tuple[nn.Module, nn.Module]]
 
 
-class Body(PrivateCopy):
+class Runner(PrivateCopy):
     """A private copy of the network in which, between calls, the model's own structured weights rest.
 
     A call on those needs no binding, and a checkpoint that runs a part of it again in backward finds them in place. A
@@ -75,13 +75,13 @@ class Body(PrivateCopy):
     def __init__(
         self,
         base: FrozenBase,
-        structure: Structure | None,
-        parts: Sequence[Part],
+        structure: ModuleTree | None,
+        parts: Sequence[AdaptedParameter],
         buffers: dict[str, Buffers] | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self.computes = False
-        self._twins: list[Twin] = []
+        self._twins: list[PooledCopy] = []
         self._resting: Tensors = {}
         self._weights: dict[str, Weight] | None = None
         self._slots: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ class Body(PrivateCopy):
         self._epoch = -1
         super().__init__(base, structure, buffers)
 
-    def furnish(self, structure: Structure) -> None:
+    def furnish(self, structure: ModuleTree) -> None:
         """Learn where the adapted parameters stand in the copy, and put their weights there."""
         names = [part.name for part in self.parts]
         slots = [*names, *(name for name in self.base.slots if name in structure.places and name not in names)]
@@ -110,7 +110,7 @@ class Body(PrivateCopy):
             part.name: self.base.derived(part.name, part.method) for part in self.parts if part.name in self.base.weights
         }
 
-    def rest(self, tensors: Tensors) -> None:
+    def bind_between_calls(self, tensors: Tensors) -> None:
         """Let the copy hold, between calls, the weights that these adapter tensors make."""
         with self._lock:
             self.prepare()
@@ -121,7 +121,7 @@ class Body(PrivateCopy):
             if self._own is not None:
                 self._hold(self._own)
 
-    def rest_on_base(self) -> None:
+    def bind_base(self) -> None:
         """Let the copy hold the base's own tensors between calls, all of which bring theirs."""
         with self._lock:
             self.prepare()
@@ -129,7 +129,7 @@ class Body(PrivateCopy):
             if self._own is not None:
                 self._hold(self._own)
 
-    def _hold(self, structure: Structure) -> None:
+    def _hold(self, structure: ModuleTree) -> None:
         if self._on_base:
             self.computes = False
             # Modules of the adapter's own have parameters that the base has not.
@@ -159,12 +159,12 @@ class Body(PrivateCopy):
         known |= {t.untyped_storage().data_ptr() for w in self.base.weights.values() for t in w.leaves()}
         return any(tensor.untyped_storage().data_ptr() not in known for tensor in leaves)
 
-    def settle(self, tensors: Tensors) -> None:
+    def rebind_if_replaced(self, tensors: Tensors) -> None:
         """Rest on the tensors that stand in the adapter's places, if others were put there for good."""
         self.ready()
         own = all(map(is_, tensors.values(), self._resting.values())) and not self.computes
         if not own and all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
-            self.rest(tensors)
+            self.bind_between_calls(tensors)
 
     def weights(self, tensors: Tensors) -> dict[str, Weight]:
         """The structured weights that adapter tensors make of the base's, by the name of the parameter."""
@@ -229,7 +229,7 @@ class Body(PrivateCopy):
     def _look_after_base(self) -> None:
         if self.base.watch() != self._epoch:
             if self._resting:
-                self.rest(self._resting)
+                self.bind_between_calls(self._resting)
             else:
                 self.prepare()
 
@@ -242,7 +242,7 @@ class Body(PrivateCopy):
         return torch.func.functional_call(self.module, {**placed, **buffers}, args, kwargs, tie_weights=False)
 
     @contextmanager
-    def bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
+    def bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[PooledCopy, Call]]:
         """A copy with the weights that these tensors make in place, to this call alone."""
         self._look_after_base()
         structure = self.structure
@@ -251,11 +251,11 @@ class Body(PrivateCopy):
         if self._fused and runs_fused(structure, tensors.values()):
             for name in (*self._fused, *self._guards):
                 slots[name] = (weights.get(name) or self.base.weights[name]).dense()
-        with self.lent(slots, buffers, private_buffers) as found:
+        with self.checkout(slots, buffers, private_buffers) as found:
             yield found
 
     @contextmanager
-    def lent(self, slots: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[Twin, Call]]:
+    def checkout(self, slots: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[PooledCopy, Call]]:
         """A copy with these in the places of parameters, to this call alone.
 
         It goes back for the next call unless this one changed its attributes, or met a checkpoint: that will run parts
@@ -278,7 +278,7 @@ class Body(PrivateCopy):
                     twin.structure.bind(name, self._slots[name] if name in self._slots else self.base.tensors[name])
                 self._twins.append(twin)
 
-    def _lease(self) -> Twin:
+    def _lease(self) -> PooledCopy:
         while self._twins:
             try:
                 twin = self._twins.pop()
@@ -291,4 +291,4 @@ class Body(PrivateCopy):
         pairs = zip(resting.modules.values(), structure.modules.values(), strict=True)
         buffers = [(mine, other) for mine, other in pairs if mine._buffers]
         source, own = (Snapshot(found.modules.values()) for found in (resting, structure))
-        return Twin(structure, source, own, buffers)
+        return PooledCopy(structure, source, own, buffers)

@@ -46,7 +46,7 @@ class Loaded(Generic[Value]):
     size: int
 
 
-class Shelf(Generic[Value]):
+class ByteBudgetCache(Generic[Value]):
     """Values by name; safe under threads.
 
     The lock is held for a look into a dictionary, never while a value is read or used. Threads that ask for a value that is

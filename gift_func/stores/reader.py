@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import readapt
-from ..banks.entry import Entry
+from ..banks.entry import Adapter
 from ..errors import AdaptError, FileError, StateError
 from ..files import contents
 from ..network.frozen_base import FrozenBase
 from ..network.module_tree import clone
-from ..network.runner import Part
+from ..network.runner import AdaptedParameter
 from ..strategy import Strategy
 
 PAGE = 4096
@@ -33,7 +33,7 @@ class Read:
         trained: the names of the tensors that require grad where they are trained.
     """
 
-    entry: Entry
+    entry: Adapter
     trained: frozenset[str]
 
     @property
@@ -41,7 +41,7 @@ class Read:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (*self.entry.tensors.values(), *self.entry.buffers.values()))
 
-    def copy(self) -> Entry:
+    def copy(self) -> Adapter:
         """An entry with tensors of its own, which may be written to and trained."""
         tensors = {
             name: nn.Parameter(clone(tensor), requires_grad=name in self.trained) for name, tensor in self.entry.tensors.items()
@@ -61,7 +61,7 @@ class Read:
 class _Plan:
     """What a strategy makes of the base."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[AdaptedParameter, ...]
     like: dict[str, tuple[torch.Size, torch.device, torch.dtype]]
     trained: frozenset[str]
 
@@ -111,13 +111,13 @@ class Reader:
         for name, (_, device, dtype) in plan.like.items():
             found = tensors[name].to(device, dtype, copy=not self.mapped)
             made[name] = nn.Parameter(found, requires_grad=False)
-        return Read(Entry(self.base, plan.parts, strategy, made, {}, None), plan.trained)
+        return Read(Adapter(self.base, plan.parts, strategy, made, {}, None), plan.trained)
 
     def _planned(self, strategy: Strategy, tensors: Mapping[str, Tensor]) -> _Plan | None:
         """What a strategy makes of the base; None if that includes modules, which each adapter has for itself."""
         model = readapt(self.base, strategy, tensors)
         plan = None
-        if Entry.of(model).structure is None:
+        if Adapter.of(model).structure is None:
             like = {name: (tensor.shape, tensor.device, tensor.dtype) for name, tensor in model.adapter.items()}
             trained = frozenset(name for name, _ in model.named_trainable_parameters())
             plan = _Plan(model.parts, like, trained)
@@ -130,4 +130,4 @@ class Reader:
     def _in_full(self, strategy: Strategy, tensors: Mapping[str, Tensor]) -> Read:
         model = readapt(self.base, strategy, tensors)
         trained = frozenset(name for name, _ in model.named_trainable_parameters())
-        return Read(Entry.of(model.requires_grad_(False)), trained)
+        return Read(Adapter.of(model.requires_grad_(False)), trained)

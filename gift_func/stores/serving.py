@@ -12,28 +12,28 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from ..adapted_model import AdaptedModel
-from ..banks.entry import Entry
-from ..banks.mixed_batch import Network
-from ..banks.plan import Batch, Plan, Plans, Way
+from ..banks.entry import Adapter
+from ..banks.mixed_batch import MixedBatchRunner
+from ..banks.plan import Batch, Plan, Plans, RecordedPath
 from ..network.fast_path import fused_names, guards, runs_fused
 from ..network.frozen_base import FrozenBase
 from ..network.modes import Modes
-from ..network.module_tree import Structure
+from ..network.module_tree import ModuleTree
 from ..weights import Slot, Weight
 
 
-class Passing(Plans):
+class ShortLivedPlans(Plans):
     """Plans that are made for each call, since a plan holds its adapters; what calls met does not, and is kept."""
 
     SIZE = 0
     WAYS = 256
 
-    def __init__(self, base: FrozenBase, structure: Structure) -> None:
+    def __init__(self, base: FrozenBase, structure: ModuleTree) -> None:
         super().__init__(base, structure)
-        self._ways: OrderedDict[object, dict[object, Way]] = OrderedDict()
+        self._ways: OrderedDict[object, dict[object, RecordedPath]] = OrderedDict()
         self._ways_lock = threading.Lock()
 
-    def of(self, entries: Sequence[Entry | None], modes: Modes) -> Plan:
+    def of(self, entries: Sequence[Adapter | None], modes: Modes) -> Plan:
         """The plan for runs of these adapters, with what calls met whose adapters are of the same kinds in the same places."""
         plan = super().of(entries, modes)
         kinds = frozenset((name, type(member)) for name, routed in plan.routed.items() for member in routed.members)
@@ -46,7 +46,7 @@ class Passing(Plans):
         return plan
 
 
-class Serving(Network):
+class StoreRunner(MixedBatchRunner):
     """A network in eval mode for adapters that come and go: it holds none of them longer than its call, nor stacks of them.
 
     An adapter alone in its call is bound to a copy of the network that is lent to the call, so none is made for it. Only
@@ -60,11 +60,11 @@ class Serving(Network):
 
     def __init__(self, base: FrozenBase) -> None:
         super().__init__(base, False)
-        self.plans: Plans = Passing(base, self.body.structure)
-        self._models: WeakKeyDictionary[Entry, AdaptedModel] = WeakKeyDictionary()
+        self.plans: Plans = ShortLivedPlans(base, self.body.structure)
+        self._models: WeakKeyDictionary[Adapter, AdaptedModel] = WeakKeyDictionary()
         self._models_lock = threading.Lock()
 
-    def alone(self, entry: Entry) -> Callable[..., Any]:
+    def alone(self, entry: Adapter) -> Callable[..., Any]:
         """What runs one adapter's samples by themselves."""
         if not entry.apart:
             return Alone(self, entry)
@@ -87,7 +87,7 @@ class Alone:
         entry: the adapter.
     """
 
-    def __init__(self, network: Network, entry: Entry) -> None:
+    def __init__(self, network: MixedBatchRunner, entry: Adapter) -> None:
         self._network = network
         self._entry = entry
 
@@ -106,7 +106,7 @@ class Alone:
         network.base.watch()
         weights = entry.weights(network.modes)
         slots = self._slots(weights)
-        with network.body.lent(slots, {}, private_buffers=True) as (twin, call):
+        with network.body.checkout(slots, {}, private_buffers=True) as (twin, call):
             return call.returns(getattr(twin.structure.module, method)(*args, **kwargs))
 
     def _slots(self, weights: dict[str, Weight]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Alone:
         return slots
 
 
-def arrange(names: Sequence[str | None], entries: Mapping[str, Entry]) -> Batch:
+def arrange(names: Sequence[str | None], entries: Mapping[str, Adapter]) -> Batch:
     """The adapters of one call's samples, and the order by adapter: by name, None last.
 
     A row's last bits may depend on its place among the others, so the order must not: an adapter may lie elsewhere in

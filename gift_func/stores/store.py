@@ -20,10 +20,10 @@ from ..banks.plan import Batch
 from ..errors import AdaptError, FileError
 from ..files import save_adapter
 from ..network.frozen_base import BaseView, FrozenBase
-from .byte_cache import Loaded, Shelf, StoreCounters
+from .byte_cache import ByteBudgetCache, Loaded, StoreCounters
 from .folder import Folder, stamp
 from .reader import Read, Reader
-from .serving import Serving, arrange
+from .serving import StoreRunner, arrange
 
 READINGS = 5
 """How often a file that changes while it is read is read again."""
@@ -90,9 +90,9 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         self._files = Folder(folder, pattern)
         self.folder = Path(folder)
         base = base_of(model)
-        self._serving = Serving(base)
+        self._serving = StoreRunner(base)
         self._reader = Reader(base, check_base=check_base, mapped=mapped)
-        self._shelf: Shelf[Read] = Shelf(budget)
+        self._shelf: ByteBudgetCache[Read] = ByteBudgetCache(budget)
         self._writing = threading.Lock()
 
     # --- as a mapping

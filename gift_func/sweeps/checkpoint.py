@@ -16,14 +16,14 @@ from ..errors import FileError
 from ..files import unshared, write_whole
 from ..network.frozen_base import FrozenBase
 from .packing import pack, unpack
-from .training import Course, Plan
+from .training import SweepConfig, SweepRun
 
 KEY = "gift_func.sweep"
 VERSION = 1
 
 
 def describe(
-    base: FrozenBase, trials: Sequence[Mapping[str, Any]], strategies: Any, groups: Any, plan: Plan, optimizer: Any
+    base: FrozenBase, trials: Sequence[Mapping[str, Any]], strategies: Any, groups: Any, plan: SweepConfig, optimizer: Any
 ) -> dict[str, Any]:
     """What two runs of one sweep have in common, as JSON holds it."""
     kind = optimizer.func if isinstance(optimizer, partial) else optimizer
@@ -44,7 +44,7 @@ def describe(
     return made
 
 
-def write(path: Path, description: Mapping[str, Any], course: Course) -> None:
+def write(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
     """Write where a sweep stands."""
     tensors: dict[str, Tensor] = {"losses": course.losses}
     ended = [pack(dict(state), tensors, f"trial{index}") for index, state in enumerate(course.states)]
@@ -64,7 +64,7 @@ def write(path: Path, description: Mapping[str, Any], course: Course) -> None:
     write_whole(path, safetensors_bytes(unshared(tensors), {KEY: json.dumps(header)}))
 
 
-def read(path: Path, description: Mapping[str, Any], course: Course) -> None:
+def read(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
     """Bring a sweep to where a file says it stood.
 
     Raises:

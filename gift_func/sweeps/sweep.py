@@ -17,7 +17,7 @@ from .batches import Data
 from .checkpoint import describe, read, write
 from .progress import Progress
 from .result import SweepResult
-from .training import Course, Evaluate, Loss, Plan, Schedule
+from .training import Evaluate, Loss, Schedule, SweepConfig, SweepRun
 from .trials import Trial, Watched, check_read, grouped, settings_of, trials_of
 
 
@@ -98,7 +98,7 @@ def sweep(
         Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, 2016
         (arXiv:1502.07943), of whose rungs `halving` has the last, that trains the best to the end.
     """
-    plan = Plan(steps, every, loss, schedule, max_norm, own_order, evaluate, maximize, halving)
+    plan = SweepConfig(steps, every, loss, schedule, max_norm, own_order, evaluate, maximize, halving)
     watched = [Watched(trial) for trial in trials_of(trials)]
     settings = settings_of(watched, optimizer)
     base = base_of(model)
@@ -112,7 +112,7 @@ def sweep(
         models.append(adapt(base, rules, generator=torch.Generator().manual_seed(int(trial.get("seed", 0)))))
     given = [trial.values_given for trial in watched]
     groups = grouped(models, at_once)
-    course = Course(plan, given, models, groups, settings, optimizer, data, chunk_size)
+    course = SweepRun(plan, given, models, groups, settings, optimizer, data, chunk_size)
     path = None if checkpoint is None else Path(checkpoint)
     description = describe(base, given, strategies, groups, plan, optimizer)
     if path is not None and path.exists():

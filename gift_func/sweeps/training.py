@@ -29,7 +29,7 @@ _DRAWS = 1_000_003
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepConfig:
     """What `sweep` was told of training; see there."""
 
     steps: int
@@ -76,7 +76,7 @@ class Plan:
         return sorted({*range(every, self.steps, every), *self.rungs(trials), self.steps})
 
 
-class Run:
+class TrialGroup:
     """One ensemble of trials.
 
     Attributes:
@@ -99,7 +99,7 @@ class Run:
             self.members = list(members)
 
 
-class Course:
+class SweepRun:
     """All that changes while a sweep runs.
 
     Attributes:
@@ -113,7 +113,7 @@ class Course:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SweepConfig,
         trials: Sequence[Trial],
         models: Sequence[AdaptedModel],
         groups: Sequence[Sequence[int]],
@@ -129,13 +129,13 @@ class Course:
         self.states: list[Mapping[str, Tensor]] = [{} for _ in trials]
         self.losses = torch.full((size, plan.steps), math.nan, dtype=torch.float64)
         self.scores: dict[str, Tensor] = {}
-        self.runs: list[Run] = []
+        self.runs: list[TrialGroup] = []
         for group in groups:
             ensemble = stack([models[i] for i in group], chunk_size=chunk_size, generator=torch.Generator()).train()
             made = per_member(optimizer, ensemble, **{k: [settings[i][k] for i in group] for k in settings[0]})
             for own in made.param_groups:
                 own["initial_lr"] = own.get("lr")
-            self.runs.append(Run(group, made))
+            self.runs.append(TrialGroup(group, made))
         seeds = [int(trial.get("seed", 0)) for trial in trials]
         self._own = [Batches(data, seed, shuffled=True) for seed in seeds] if plan.own_order else []
         self._shared = Batches(data, 0)
@@ -182,7 +182,7 @@ class Course:
                 if save is not None:
                     save()
 
-    def _advance(self, run: Run, mark: int) -> None:
+    def _advance(self, run: TrialGroup, mark: int) -> None:
         """Train an ensemble up to a mark."""
         ensemble, optimizer, plan = run.ensemble, run.optimizer, self.plan
         found = []
@@ -202,7 +202,7 @@ class Course:
         self.losses[run.members, run.step : mark] = torch.stack(found, 1).to(self.losses)
         run.step = mark
 
-    def _losses(self, run: Run, step: int) -> Tensor:
+    def _losses(self, run: TrialGroup, step: int) -> Tensor:
         if self.plan.own_order:
             own = [self._own[index].at(step) for index in run.members]
             inputs, target = side_by_side([batch[0] for batch in own]), side_by_side([batch[1] for batch in own])
@@ -230,7 +230,7 @@ class Course:
 
         return torch.stack([self.plan.loss(share(output, i), share(target, i) if own else target) for i in range(size)])
 
-    def _look(self, run: Run, before: int) -> None:
+    def _look(self, run: TrialGroup, before: int) -> None:
         """Take scores at a mark; let those go that diverged, and all at the end."""
         place = self.marks.index(run.step)
         if self.plan.evaluate is not None:
@@ -243,7 +243,7 @@ class Course:
             self._end(run, list(run.members), "finished")
 
     @torch.no_grad()
-    def _evaluated(self, run: Run, evaluate: Evaluate) -> dict[str, Tensor]:
+    def _evaluated(self, run: TrialGroup, evaluate: Evaluate) -> dict[str, Tensor]:
         run.ensemble.eval()
         found = evaluate(run.ensemble)
         run.ensemble.train()
@@ -258,7 +258,7 @@ class Course:
                 raise AdaptError("evaluate's score cannot be called 'training', the name of the loss of every step")
         return scores
 
-    def _end(self, run: Run, gone: Sequence[int], status: str) -> None:
+    def _end(self, run: TrialGroup, gone: Sequence[int], status: str) -> None:
         for index in gone:
             self.status[index], self.steps[index] = status, run.step
             self.states[index] = run.ensemble[run.members.index(index)].adapter_state_dict()
@@ -281,7 +281,7 @@ class Course:
             if not run.members:
                 self.runs.remove(run)
 
-    def _said(self, run: Run) -> str:
+    def _said(self, run: TrialGroup) -> str:
         going = sum(status == "running" for status in self.status)
         mean = self.losses[:, max(run.step - 1, 0)]
         seen = mean[mean.isfinite()]

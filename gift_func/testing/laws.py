@@ -312,7 +312,7 @@ def _wider(case: Case, more: int) -> AdaptedModel | None:
     part = case.start.parts[0]
     if not part.method.rank_axes({local: case.start.adapter[full] for local, full in part.names.items()}):
         return None
-    wide = Case(case.method.but(rank=getattr(case.method, "rank", 0) + more), case.host)
+    wide = Case(case.method.replace(rank=getattr(case.method, "rank", 0) + more), case.host)
     if [part.names for part in wide.start.parts] != [part.names for part in case.start.parts]:
         return None  # a factor that is not decomposed at that rank
     return adapt(case.model, wide.rules).with_adapter(wide.random(5))

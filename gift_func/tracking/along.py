@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .elementwise import elementwise
-from .layout import LOST, Rows, Tag, picked
+from .layout import LOST, SampleAxis, Tag, picked
 from .table import Args, Batch, Kwargs, Rule, argument, broadcast, follows, only_first, tensors
 
 
 def _reduced(rows: Tag, n: int, dims: Any, result: Any) -> Tag:
     """The tag after axes were reduced; the result tells whether they were kept with size 1."""
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     if dims is None or isinstance(dims, bool):
         return LOST
@@ -55,7 +55,7 @@ def _kept(position: int, default: Any = None, name: str = "dim") -> Rule:
     def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
         x, rows = only_first(args, kwargs)
         dim = argument(args, kwargs, position, name, default)
-        if not isinstance(rows, Rows):
+        if not isinstance(rows, SampleAxis):
             return rows
         if dim is None:
             return LOST
@@ -76,7 +76,7 @@ def layer_norm(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axes are normalised."""
     x, rows = only_first(args, kwargs)
     last = x.dim() - len(argument(args, kwargs, 1, "normalized_shape"))
-    return LOST if isinstance(rows, Rows) and rows.axis >= last else rows
+    return LOST if isinstance(rows, SampleAxis) and rows.axis >= last else rows
 
 
 def _pairwise(position: int | None, default: int) -> Rule:
@@ -98,12 +98,12 @@ def _sorting(position: int) -> Rule:
 
     def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
         x, rows = only_first(args, kwargs)
-        if not isinstance(rows, Rows):
+        if not isinstance(rows, SampleAxis):
             return rows
         if argument(args, kwargs, position, "dim", -1) % x.dim() != rows.axis:
             return rows
         order = result if isinstance(result, Tensor) else result[-1]
-        return LOST if x.dim() > 1 else Rows(0, 1, picked(rows, x.shape[0], order, batch.size))
+        return LOST if x.dim() > 1 else SampleAxis(0, 1, picked(rows, x.shape[0], order, batch.size))
 
     return rule
 
@@ -116,4 +116,4 @@ follows("topk")(_sorting(2))
 def multinomial(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Draws along the last axis."""
     x, rows = only_first(args, kwargs)
-    return LOST if isinstance(rows, Rows) and rows.axis == x.dim() - 1 else rows
+    return LOST if isinstance(rows, SampleAxis) and rows.axis == x.dim() - 1 else rows

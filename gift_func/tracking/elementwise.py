@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import KEY, LOST, Rows, Tag
+from .layout import KEY, LOST, SampleAxis, Tag
 from .table import TOLERANT, Args, Batch, Kwargs, aligned, broadcast, contract, follows, functions, only_first, tag_of, tensors
 
 _ARITHMETIC = """
@@ -68,7 +68,7 @@ def elementwise(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Any:
         if isinstance(value, Tensor):
             rows = value.__dict__.get(KEY)
             if rows is not None and rows is not found:
-                if found is not None or value.shape != shape or type(rows) is not Rows:
+                if found is not None or value.shape != shape or type(rows) is not SampleAxis:
                     return broadcast(tensors(args, kwargs), shape, batch)
                 found = rows
     return found

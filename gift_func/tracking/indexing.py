@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import LOST, Lost, Rows, Tag, merge, picked, placed, put
+from .layout import LOST, SampleAxis, Tag, Untracked, merge, picked, placed, put
 from .table import Args, Batch, Kwargs, argument, contract, follows, only_first, tag_of
 
 Item = tuple[Any, int]
@@ -51,18 +51,18 @@ def _positions(mask: Tensor, batch: Batch) -> Sequence[Tensor]:
     """A mask's positions, one vector for each of its axes; each position is of the sample that its part of the mask is of."""
     found = mask.nonzero(as_tuple=True)
     rows = tag_of(mask)
-    if isinstance(rows, Rows):
-        rows = Rows(0, 1, picked(rows, mask.shape[rows.axis], found[rows.axis], batch.size))
+    if isinstance(rows, SampleAxis):
+        rows = SampleAxis(0, 1, picked(rows, mask.shape[rows.axis], found[rows.axis], batch.size))
     for position in found:
         put(position, rows)
     return found
 
 
-def _sliced(rows: Rows, axis: int, size: int, step: slice, batch: Batch) -> Rows:
+def _sliced(rows: SampleAxis, axis: int, size: int, step: slice, batch: Batch) -> SampleAxis:
     start, stop, stride = step.indices(size)
     if start == 0 and stop >= size and stride == 1:
         return rows.on(axis)
-    return Rows(axis, 1, picked(rows, size, step, batch.size))
+    return SampleAxis(axis, 1, picked(rows, size, step, batch.size))
 
 
 def spread(owners: Tensor) -> tuple[int, Tensor] | None:
@@ -100,9 +100,9 @@ def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch
 
     found: Tag = None
     owned_by = -1
-    if isinstance(rows, Lost):
+    if isinstance(rows, Untracked):
         return rows, out
-    if isinstance(rows, Rows):
+    if isinstance(rows, SampleAxis):
         i = next((i for i, (_, axis) in enumerate(kept) if axis == rows.axis), None)
         if i is None:
             return LOST, out
@@ -112,7 +112,7 @@ def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch
             where = spread(picked(rows, shape[axis], step.expand(block), batch.size))
             if where is None:
                 return LOST, out
-            found = Rows(start + where[0], 1, where[1])
+            found = SampleAxis(start + where[0], 1, where[1])
         else:
             found = _sliced(rows, spot[i], shape[axis], step, batch)
             if any(tag_of(kept[j][0]) is not None for j in places):
@@ -122,7 +122,7 @@ def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch
         # What stands on the samples' axis only chooses among rows, and a row's sample is known whatever chose it.
         if i == owned_by or mark is None:
             continue
-        if isinstance(mark, Rows):
+        if isinstance(mark, SampleAxis):
             size = kept[i][0].shape[mark.axis]
             axis = len(block) - kept[i][0].dim() + mark.axis
             mark = placed(mark, start + axis, size, block[axis], batch.size)
@@ -130,7 +130,7 @@ def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch
     return found, out
 
 
-def _only_slices(rows: Rows, index: Sequence[Any], n: int) -> Rows | None:
+def _only_slices(rows: SampleAxis, index: Sequence[Any], n: int) -> SampleAxis | None:
     """The tag after an index of slices, numbers and new axes that leaves the samples' axis whole; None for any other index."""
     given = 0
     for step in index:
@@ -161,7 +161,7 @@ def getitem(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by index. From a tensor that is not of the batch, a table, each row is of the sample that asked for it."""
     x, index = args
     rows = tag_of(x)
-    if isinstance(rows, Lost):
+    if isinstance(rows, Untracked):
         return rows
     if rows is not None:
         simple = _only_slices(rows, index if isinstance(index, tuple) else (index,), x.dim())
@@ -201,9 +201,9 @@ def gather(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     if dim is None or index.dim() != x.dim():
         return LOST
     dim %= x.dim()
-    if isinstance(rows, Rows) and rows.axis == dim:
+    if isinstance(rows, SampleAxis) and rows.axis == dim:
         where = spread(picked(rows, x.shape[dim], index.expand(result.shape), batch.size))
-        return LOST if where is None else Rows(where[0], 1, where[1])
+        return LOST if where is None else SampleAxis(where[0], 1, where[1])
     axes = list(range(x.dim()))
     return contract([(x, ["read" if axis == dim else axis for axis in axes]), (index, axes)], axes, result.shape, batch)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import LOST, Lost, Rows, Tag, agree, merge
+from .layout import LOST, SampleAxis, Tag, Untracked, agree, merge
 from .table import Args, Batch, Kwargs, Rule, argument, follows, only_first, tag_of
 
 
@@ -16,7 +16,7 @@ def _batched(n: int) -> Rule:
 
     def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
         x, rows = only_first(args, kwargs)
-        return LOST if isinstance(rows, Rows) and (rows.axis != 0 or x.dim() != n + 2) else rows
+        return LOST if isinstance(rows, SampleAxis) and (rows.axis != 0 or x.dim() != n + 2) else rows
 
     return rule
 
@@ -33,7 +33,7 @@ for _n in (1, 2, 3):
 def on_first(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """Samples on the first axis. Statistics of the whole batch mix values, as without adapters, but rows stay rows."""
     _, rows = only_first(args, kwargs)
-    return LOST if isinstance(rows, Rows) and rows.axis != 0 else rows
+    return LOST if isinstance(rows, SampleAxis) and rows.axis != 0 else rows
 
 
 follows(F.unfold)(_batched(2))
@@ -44,7 +44,7 @@ follows(F.fold)(_batched(1))
 def leading(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last three axes are put in another order."""
     x, rows = only_first(args, kwargs)
-    return LOST if isinstance(rows, Rows) and rows.axis >= x.dim() - 3 else rows
+    return LOST if isinstance(rows, SampleAxis) and rows.axis >= x.dim() - 3 else rows
 
 
 @follows("grid_sample affine_grid")
@@ -53,7 +53,7 @@ def sampled(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     found: Tag = None
     for value in (*args, *kwargs.values()):
         rows = tag_of(value)
-        if isinstance(rows, Rows) and rows.axis != 0:
+        if isinstance(rows, SampleAxis) and rows.axis != 0:
             return LOST
         found = merge(found, rows, result.shape, batch.size)
     return found
@@ -76,18 +76,18 @@ def multi_head_attention(batch: Batch, args: Args, kwargs: Kwargs, result: Any) 
         rows = tag_of(x)
         if rows is None:
             continue
-        if isinstance(rows, Lost) or x.dim() != n or rows.axis != axis:
+        if isinstance(rows, Untracked) or x.dim() != n or rows.axis != axis:
             return LOST
         if inner > 1:
             # A mask may be [N * heads, L, S], a sample's heads being neighbours.
             if rows.owners is not None or rows.inner % inner:
                 return LOST
-            rows = Rows(0, rows.inner // inner)
+            rows = SampleAxis(0, rows.inner // inner)
         rows = rows.on(1)
-        if isinstance(found, Rows) and not agree(found, rows, size, batch.size):
+        if isinstance(found, SampleAxis) and not agree(found, rows, size, batch.size):
             return LOST
         found = rows
-    return [found, found.on(0) if isinstance(found, Rows) else found]
+    return [found, found.on(0) if isinstance(found, SampleAxis) else found]
 
 
 @follows("lstm gru rnn_tanh rnn_relu")
@@ -103,14 +103,14 @@ def recurrent(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Any:
         rows = tag_of(x)
         if rows is None:
             continue
-        if isinstance(rows, Lost) or x.dim() != 3 or rows.axis != where:
+        if isinstance(rows, Untracked) or x.dim() != 3 or rows.axis != where:
             return LOST
-        if isinstance(found, Rows) and not agree(found, rows, x.shape[where], batch.size):
+        if isinstance(found, SampleAxis) and not agree(found, rows, x.shape[where], batch.size):
             return LOST
         found = rows.on(1)
     if any(tag_of(x) is not None for x in args[2]):
         return LOST
-    return [found.on(axis) if isinstance(found, Rows) else found, *(found for _ in result[1:])]
+    return [found.on(axis) if isinstance(found, SampleAxis) else found, *(found for _ in result[1:])]
 
 
 @follows("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
@@ -121,7 +121,7 @@ def recurrent_cell(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Any
     found: Tag = None
     for x in (args[0], *states):
         rows = tag_of(x)
-        if isinstance(rows, Rows) and (rows.axis != 0 or x.dim() != 2):
+        if isinstance(rows, SampleAxis) and (rows.axis != 0 or x.dim() != 2):
             return LOST
         found = merge(found, rows, x.shape, batch.size)
     return LOST if any(tag_of(value) is not None for value in args[2:]) else found

@@ -14,7 +14,7 @@ KEY = "_gift_func_rows"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Rows:
+class SampleAxis:
     """Where a tensor's samples lie.
 
     Index j along `axis` belongs to sample `(j // inner) % batch`, or to `owners[j]` where owners are given.
@@ -26,8 +26,8 @@ class Rows:
         owners: int64 `[size of the axis]`, the sample of each index, where no such pattern holds; inner is then unused.
 
     Example:
-        >>> from gift_func.tracking.sample_axis import Rows, owner_index
-        >>> owner_index(Rows(0, 2), 6, 3).tolist()
+        >>> from gift_func.tracking.sample_axis import SampleAxis, owner_index
+        >>> owner_index(SampleAxis(0, 2), 6, 3).tolist()
         [0, 0, 1, 1, 2, 2]
     """
 
@@ -35,13 +35,13 @@ class Rows:
     inner: int
     owners: Tensor | None = None
 
-    def on(self, axis: int) -> Rows:
+    def on(self, axis: int) -> SampleAxis:
         """The same samples along another axis."""
-        return self if axis == self.axis else Rows(axis, self.inner, self.owners)
+        return self if axis == self.axis else SampleAxis(axis, self.inner, self.owners)
 
 
 @dataclass(frozen=True)
-class Lost:
+class Untracked:
     """The tag of a tensor that was made from the batch but whose samples cannot be told apart.
 
     Attributes:
@@ -51,10 +51,10 @@ class Lost:
     function: str
 
 
-LOST = Lost("")
+LOST = Untracked("")
 """What a rule answers when samples are mixed; the mode puts the function's name to it."""
 
-Tag: TypeAlias = Rows | Lost | None
+Tag: TypeAlias = SampleAxis | Untracked | None
 
 
 def rows_of(tensor: Tensor) -> Tag:
@@ -68,10 +68,10 @@ def tag(tensor: Tensor, rows: Tag) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from gift_func.tracking.sample_axis import Rows, rows_of, tag
+        >>> from gift_func.tracking.sample_axis import SampleAxis, rows_of, tag
         >>> x = torch.ones(3, 4)
-        >>> rows_of(tag(x, Rows(0, 1))), rows_of(x)
-        (Rows(axis=0, inner=1, owners=None), None)
+        >>> rows_of(tag(x, SampleAxis(0, 1))), rows_of(x)
+        (SampleAxis(axis=0, inner=1, owners=None), None)
     """
     alias = tensor.view_as(tensor)
     put(alias, rows)
@@ -86,7 +86,7 @@ def put(tensor: Tensor, rows: Tag) -> None:
         del tensor.__dict__[KEY]
 
 
-def owner_index(rows: Rows, size: int, batch: int, device: torch.device | str | None = None) -> Tensor:
+def owner_index(rows: SampleAxis, size: int, batch: int, device: torch.device | str | None = None) -> Tensor:
     """The sample to which each index along the axis belongs.
 
     Args:
@@ -103,7 +103,7 @@ def owner_index(rows: Rows, size: int, batch: int, device: torch.device | str | 
     return torch.arange(size, device=device).div_(rows.inner, rounding_mode="floor").remainder_(batch)
 
 
-def agree(a: Rows, b: Rows, size: int, batch: int) -> bool:
+def agree(a: SampleAxis, b: SampleAxis, size: int, batch: int) -> bool:
     """Whether two tags give every index along an axis of a size the same sample; their axes are not compared."""
     if batch == 1 or a is b:
         return True
@@ -119,26 +119,26 @@ def merge(a: Tag, b: Tag, shape: Sequence[int], batch: int) -> Tag:
     """The tag of a result of a shape that depends on two things, each with its samples where its tag says."""
     if a is None or b is None:
         return b if a is None else a
-    if isinstance(a, Lost) or isinstance(b, Lost):
+    if isinstance(a, Untracked) or isinstance(b, Untracked):
         return LOST
     if batch == 1 or (a.axis == b.axis and agree(a, b, shape[a.axis], batch)):
         return b if a.owners is not None and b.owners is None else a
     return LOST
 
 
-def placed(rows: Rows, axis: int, size: int, new_size: int, batch: int) -> Tag:
+def placed(rows: SampleAxis, axis: int, size: int, new_size: int, batch: int) -> Tag:
     """A tag moved to another axis, which broadcasting may have grown from 1."""
     if size == new_size:
         return rows.on(axis)
     if size != 1:
         return LOST
     if batch == 1:
-        return Rows(axis, new_size)
+        return SampleAxis(axis, new_size)
     owner = owner_index(rows, 1, batch)
-    return Rows(axis, 1, owner.expand(new_size))
+    return SampleAxis(axis, 1, owner.expand(new_size))
 
 
-def picked(rows: Rows, size: int, index: Tensor | slice, batch: int) -> Tensor:
+def picked(rows: SampleAxis, size: int, index: Tensor | slice, batch: int) -> Tensor:
     """The owners of the indices that are picked from the axis; of the index's own shape."""
     if isinstance(index, slice):
         return owner_index(rows, size, batch)[index]
@@ -147,7 +147,7 @@ def picked(rows: Rows, size: int, index: Tensor | slice, batch: int) -> Tensor:
     return rows.owners.to(index.device)[index]
 
 
-def reshaped(rows: Rows, shape: Sequence[int], new_shape: Sequence[int], batch: int) -> Tag:
+def reshaped(rows: SampleAxis, shape: Sequence[int], new_shape: Sequence[int], batch: int) -> Tag:
     """The tag after the elements, in row-major order, are given another shape.
 
     In a regular layout `inner * prod(shape[axis + 1:])` consecutive elements belong to one sample. An axis of the new
@@ -174,7 +174,7 @@ def reshaped(rows: Rows, shape: Sequence[int], new_shape: Sequence[int], batch: 
         if block % suffix == 0:
             inner = block // suffix
             if new_shape[a] % (inner * batch) == 0:
-                return Rows(a, inner)
+                return SampleAxis(a, inner)
     return LOST
 
 
@@ -191,5 +191,5 @@ def _reshaped_owners(owners: Tensor, before: int, after: int, new_shape: Sequenc
         table = fine.reshape(prod(new_shape[:a]), size, -1)
         found = table[0, :, 0]
         if bool((table == found[:, None]).all()):
-            return Rows(a, 1, found)
+            return SampleAxis(a, 1, found)
     return LOST

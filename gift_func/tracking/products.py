@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import LOST, Rows, Tag
+from .layout import LOST, SampleAxis, Tag
 from .table import Args, Batch, Kwargs, argument, contract, follows, tag_of
 
 
@@ -51,7 +51,7 @@ def linear(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     x = args[0] if args else kwargs["input"]
     rows = tag_of(x)
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    if isinstance(rows, Rows) and tag_of(weight) is None and tag_of(bias) is None:
+    if isinstance(rows, SampleAxis) and tag_of(weight) is None and tag_of(bias) is None:
         return LOST if rows.axis == x.dim() - 1 else rows
     out = [*range(result.dim() - 1), "m"] if weight.dim() == 2 else [*range(result.dim())]
     inside = [*range(x.dim() - 1), "k"]
@@ -127,4 +127,4 @@ def grouped_mm(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
         return _product(None, args[0], args[1], result, batch)
     if other is not None or args[0].dim() != 2 or args[1].dim() != 3:
         return LOST
-    return LOST if isinstance(rows, Rows) and rows.axis == 1 else rows
+    return LOST if isinstance(rows, SampleAxis) and rows.axis == 1 else rows

@@ -26,23 +26,23 @@ READERS: frozenset[Function] = frozenset(
 """Functions that answer with one number of a tensor's values."""
 
 
-class StrayedError(Exception):
+class DivergedError(Exception):
     """The network went another way than the remembered one."""
 
 
-class Replaying(TorchFunctionMode):
+class ReplayReads(TorchFunctionMode):
     """While it is on, numbers that are read of tensors must be those of an earlier call.
 
     Args:
         answers: the earlier call's, in order.
 
     Raises:
-        StrayedError: out of the function that reads another number, or one more; at the end if some were not read.
+        DivergedError: out of the function that reads another number, or one more; at the end if some were not read.
 
     Example:
         >>> import torch
-        >>> from gift_func.tracking.replay import Replaying
-        >>> with Replaying([True]) as mode:
+        >>> from gift_func.tracking.replay import ReplayReads
+        >>> with ReplayReads([True]) as mode:
         ...     bool(torch.ones(2).all())
         True
     """
@@ -55,7 +55,7 @@ class Replaying(TorchFunctionMode):
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None) -> None:
         super().__exit__(kind, value, where)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if kind is None and self._count < len(self._answers):
-            raise StrayedError
+            raise DivergedError
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -63,6 +63,6 @@ class Replaying(TorchFunctionMode):
         result = func(*args, **kwargs) if kwargs else func(*args)
         if func in READERS:
             if self._count == len(self._answers) or self._answers[self._count] != result:
-                raise StrayedError
+                raise DivergedError
             self._count += 1
         return result

@@ -1,6 +1,6 @@
 """Follow the samples of a batch through a network, so that each row of every activation is known to be of one sample.
 
-The input is tagged with where its samples lie. While the mode `Following` is on, every torch function that has a rule passes
+The input is tagged with where its samples lie. While the mode `TrackSamples` is on, every torch function that has a rule passes
 tags on; a function without a rule, or one that mixes samples, leaves a tag that says so, with its name. Nothing is ever
 guessed from a shape: a tensor of as many tokens as there are samples is not taken for a batch.
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ..weights.names import METADATA
-from .layout import KEY, LOST, Lost, Rows, Tag, owner_index, put, rows_of, tag
+from .layout import KEY, LOST, SampleAxis, Tag, Untracked, owner_index, put, rows_of, tag
 from .replay import READERS, Answer
 from .table import RULES, TOLERANT, Batch, Function, Kwargs
 
-__all__ = ["Following", "Lost", "Rows", "owner_index", "rows_of", "tag"]
+__all__ = ["SampleAxis", "TrackSamples", "Untracked", "owner_index", "rows_of", "tag"]
 
 
-class Following(TorchFunctionMode):
+class TrackSamples(TorchFunctionMode):
     """While it is on, what torch functions make of tagged tensors is tagged.
 
     An index is data: `x[i]` with `i` on the samples' axis gives each row its own sample, whatever `i` was computed from. Values
@@ -43,12 +43,12 @@ class Following(TorchFunctionMode):
 
     Example:
         >>> import torch
-        >>> from gift_func.tracking.sample_axis import Following, Rows, rows_of, tag
-        >>> tokens = tag(torch.randn(2, 3, 4), Rows(0, 1))  # [B, T, D]
-        >>> with Following(2):
+        >>> from gift_func.tracking.sample_axis import TrackSamples, SampleAxis, rows_of, tag
+        >>> tokens = tag(torch.randn(2, 3, 4), SampleAxis(0, 1))  # [B, T, D]
+        >>> with TrackSamples(2):
         ...     flat = tokens.reshape(6, 4)
-        ...     rows_of(flat), rows_of(flat.mean()), rows_of(flat[torch.tensor([5, 0])])
-        (Rows(axis=0, inner=3, owners=None), Lost(function='torch.Tensor.mean'), Rows(axis=0, inner=1, owners=tensor([1, 0])))
+        ...     rows_of(flat), rows_of(flat[torch.tensor([5, 0])])
+        (SampleAxis(axis=0, inner=3, owners=None), SampleAxis(axis=0, inner=1, owners=tensor([1, 0])))
     """
 
     def __init__(self, batch: int) -> None:
@@ -74,7 +74,7 @@ class Following(TorchFunctionMode):
                 found = value.__dict__.get(KEY)
                 if found is not None:
                     tagged = True
-                    if type(found) is Lost:
+                    if type(found) is Untracked:
                         lost = found
             elif type(value) is list or type(value) is tuple:
                 for item in value:
@@ -82,7 +82,7 @@ class Following(TorchFunctionMode):
                         found = item.__dict__.get(KEY)
                         if found is not None:
                             tagged = True
-                            if type(found) is Lost:
+                            if type(found) is Untracked:
                                 lost = found
         if tagged:
             self._pass_on(func, args, kwargs or {}, result, lost)
@@ -118,8 +118,8 @@ class Following(TorchFunctionMode):
                 # A form of the call that the rule does not know: what it makes of the samples is not known either.
                 made = LOST
         if made is LOST:
-            made = lost or Lost(_name(func))
-        if not written and type(made) is Rows and isinstance(target, Tensor):
+            made = lost or Untracked(_name(func))
+        if not written and type(made) is SampleAxis and isinstance(target, Tensor):
             target.__dict__[KEY] = made
         else:
             _spread(target, made, func, written)
@@ -129,7 +129,7 @@ def _spread(target: Any, made: Any, func: Function, written: bool) -> None:
     """Put tags to a result: one to all its tensors, or each its own."""
     if isinstance(target, Tensor):
         if made is LOST:
-            made = Lost(_name(func))
+            made = Untracked(_name(func))
         if written and made is not None:
             _tag_whole(target, made, func)
         put(target, made)
@@ -147,15 +147,15 @@ def _tag_whole(view: Tensor, made: Tag, func: Function) -> None:
     before, had = rows_of(whole), rows_of(view)
     if before is None and had is not None:
         return  # an alias that was tagged by hand: its whole is the caller's own
-    if isinstance(before, Lost) or (before is not None and _plainly_same(had, made)):
+    if isinstance(before, Untracked) or (before is not None and _plainly_same(had, made)):
         return
-    if isinstance(made, Rows) and before is None:
+    if isinstance(made, SampleAxis) and before is None:
         size, stride = view.shape[made.axis], view.stride(made.axis)
         axes = [a for a in range(whole.dim()) if whole.shape[a] == size and whole.stride(a) == stride]
         if len(axes) == 1 and size > 1:
             put(whole, made.on(axes[0]))
             return
-    put(whole, Lost(_name(func)))
+    put(whole, Untracked(_name(func)))
 
 
 def _in_place(name: str) -> bool:
@@ -163,7 +163,7 @@ def _in_place(name: str) -> bool:
 
 
 def _plainly_same(a: Tag, b: Tag) -> bool:
-    if isinstance(a, Rows) and isinstance(b, Rows):
+    if isinstance(a, SampleAxis) and isinstance(b, SampleAxis):
         return a.axis == b.axis and a.owners is b.owners and (a.inner == b.inner or a.owners is not None)
     return a is b
 

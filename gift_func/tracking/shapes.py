@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import LOST, Rows, Tag, merge, owner_index, picked, reshaped
+from .layout import LOST, SampleAxis, Tag, merge, owner_index, picked, reshaped
 from .table import Args, Batch, Kwargs, aligned, argument, follows, only_first, tag_of
 
 
@@ -24,7 +24,7 @@ def _rest(args: Args, kwargs: Kwargs, name: str) -> list[int]:
 def reshape(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The elements keep their order."""
     rows = tag_of(args[0])
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     old, new, k = args[0].shape, result.shape, rows.axis + 1
     if old[:k] == new[:k]:
@@ -38,7 +38,7 @@ def reshape(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 def squeeze(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes of size 1 go; a sample axis that goes is lost."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     dims = argument(args, kwargs, 1, "dim", tuple(range(x.dim())))
     gone = {dim % x.dim() for dim in (dims if isinstance(dims, Sequence) else [dims]) if x.shape[dim] == 1}
@@ -50,14 +50,14 @@ def unsqueeze(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A new axis of size 1."""
     _, rows = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim") % result.dim()
-    return rows.on(rows.axis + (dim <= rows.axis)) if isinstance(rows, Rows) else rows
+    return rows.on(rows.axis + (dim <= rows.axis)) if isinstance(rows, SampleAxis) else rows
 
 
 @follows("transpose swapaxes swapdims t adjoint .T .mT .H .mH")
 def transpose(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Two axes change places; without a word which, the last two, or all of them."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     n = x.dim()
     if len(args) + len(kwargs) == 1:
@@ -77,14 +77,14 @@ def permute(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """All axes are put in an order."""
     x, rows = only_first(args, kwargs)
     order = [dim % x.dim() for dim in _rest(args, kwargs, "dims")]
-    return rows.on(order.index(rows.axis)) if isinstance(rows, Rows) else rows
+    return rows.on(order.index(rows.axis)) if isinstance(rows, SampleAxis) else rows
 
 
 @follows("movedim moveaxis")
 def movedim(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Some axes are moved, and the others keep their order."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     return rows.on(_moved(x.dim(), args[1:], kwargs).index(rows.axis))
 
@@ -113,19 +113,19 @@ def broadcast_all(batch: Batch, args: Args, kwargs: Kwargs, result: Sequence[Ten
 def repeat(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The whole tensor is repeated along axes."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     axis = rows.axis + result.dim() - x.dim()
     if rows.owners is None:
         return rows.on(axis)
-    return Rows(axis, 1, rows.owners.repeat(result.shape[axis] // max(x.shape[rows.axis], 1)))
+    return SampleAxis(axis, 1, rows.owners.repeat(result.shape[axis] // max(x.shape[rows.axis], 1)))
 
 
 @follows("repeat_interleave")
 def repeat_interleave(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Every index along an axis is repeated, as often or each by a count of its own."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     repeats, dim = argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
     found: Tag = rows
@@ -133,12 +133,12 @@ def repeat_interleave(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) 
     if dim is None:
         shape, dim = [x.numel()], 0
         found = reshaped(rows, x.shape, shape, batch.size)
-    if isinstance(found, Rows) and found.axis == dim % len(shape):
+    if isinstance(found, SampleAxis) and found.axis == dim % len(shape):
         if isinstance(repeats, int) and found.owners is None:
-            found = Rows(found.axis, found.inner * repeats)
+            found = SampleAxis(found.axis, found.inner * repeats)
         else:
             owners = owner_index(found, shape[dim], batch.size, result.device)
-            found = Rows(found.axis, 1, owners.repeat_interleave(repeats))
+            found = SampleAxis(found.axis, 1, owners.repeat_interleave(repeats))
     batch.note(found, result.shape)
     return found
 
@@ -148,11 +148,11 @@ def split(batch: Batch, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) ->
     """Pieces one after another along an axis."""
     x, rows = only_first(args, kwargs)
     dim = argument(args, kwargs, 2, "dim", 0) % x.dim()
-    if not isinstance(rows, Rows) or rows.axis != dim:
+    if not isinstance(rows, SampleAxis) or rows.axis != dim:
         return rows
     owners = owner_index(rows, x.shape[dim], batch.size, x.device)
     pieces = owners.split([piece.shape[dim] for piece in result])
-    return [Rows(dim, 1, piece) for piece in pieces]
+    return [SampleAxis(dim, 1, piece) for piece in pieces]
 
 
 @follows("unbind select")
@@ -160,7 +160,7 @@ def drop(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """An axis goes, and each of its indices becomes a tensor; the samples' axis would leave one sample without an axis."""
     x, rows = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim", 0) % x.dim()
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     return LOST if rows.axis == dim else rows.on(rows.axis - (dim < rows.axis))
 
@@ -170,22 +170,22 @@ def narrow(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A part of an axis."""
     x, rows = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim") % x.dim()
-    if not isinstance(rows, Rows) or rows.axis != dim:
+    if not isinstance(rows, SampleAxis) or rows.axis != dim:
         return rows
     start, length = int(argument(args, kwargs, 2, "start")), argument(args, kwargs, 3, "length")
     start %= max(x.shape[dim], 1)
-    return Rows(dim, 1, picked(rows, x.shape[dim], slice(start, start + length), batch.size))
+    return SampleAxis(dim, 1, picked(rows, x.shape[dim], slice(start, start + length), batch.size))
 
 
 @follows("flip fliplr flipud")
 def flip(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes are turned round."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows) or len(args) + len(kwargs) == 1:
+    if not isinstance(rows, SampleAxis) or len(args) + len(kwargs) == 1:
         return rows and LOST
     if rows.axis not in [dim % x.dim() for dim in _rest(args, kwargs, "dims")]:
         return rows
-    return Rows(rows.axis, 1, owner_index(rows, x.shape[rows.axis], batch.size, x.device).flip(0))
+    return SampleAxis(rows.axis, 1, owner_index(rows, x.shape[rows.axis], batch.size, x.device).flip(0))
 
 
 @follows("roll")
@@ -193,13 +193,13 @@ def roll(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes are turned as a wheel."""
     x, rows = only_first(args, kwargs)
     shifts, dims = argument(args, kwargs, 1, "shifts"), argument(args, kwargs, 2, "dims")
-    if not isinstance(rows, Rows) or dims is None:
+    if not isinstance(rows, SampleAxis) or dims is None:
         return rows and LOST
     shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
     turn = sum(shift for shift, dim in zip(shifts, dims, strict=True) if dim % x.dim() == rows.axis)
     if turn == 0:
         return rows
-    return Rows(rows.axis, 1, owner_index(rows, x.shape[rows.axis], batch.size, x.device).roll(turn))
+    return SampleAxis(rows.axis, 1, owner_index(rows, x.shape[rows.axis], batch.size, x.device).roll(turn))
 
 
 @follows("cat concat concatenate hstack")
@@ -214,20 +214,22 @@ def cat(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     dim %= n
     found: Tag = None
     tags = [tag_of(tensor) for tensor in given]
-    if any(isinstance(rows, Rows) and rows.axis == dim for rows in tags):
-        if not all(isinstance(rows, Rows) and rows.axis == dim for rows in tags):
+    if any(isinstance(rows, SampleAxis) and rows.axis == dim for rows in tags):
+        if not all(isinstance(rows, SampleAxis) and rows.axis == dim for rows in tags):
             return LOST
-        return _joined([rows for rows in tags if isinstance(rows, Rows)], [t.shape[dim] for t in given], batch, result.device)
+        return _joined(
+            [rows for rows in tags if isinstance(rows, SampleAxis)], [t.shape[dim] for t in given], batch, result.device
+        )
     for rows in tags:
         found = merge(found, rows, result.shape, batch.size)
     return found
 
 
-def _joined(tags: Sequence[Rows], sizes: Sequence[int], batch: Batch, device: torch.device) -> Rows:
+def _joined(tags: Sequence[SampleAxis], sizes: Sequence[int], batch: Batch, device: torch.device) -> SampleAxis:
     first = tags[0]
     if all(rows.owners is None and rows.inner == first.inner for rows in tags):
         return first
-    return Rows(
+    return SampleAxis(
         first.axis,
         1,
         torch.cat([owner_index(rows, size, batch.size, device) for rows, size in zip(tags, sizes, strict=True)]),
@@ -241,7 +243,7 @@ def stack(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     found: Tag = None
     for tensor in args[0] if args else kwargs["tensors"]:
         rows = tag_of(tensor)
-        if isinstance(rows, Rows):
+        if isinstance(rows, SampleAxis):
             rows = rows.on(rows.axis + (dim <= rows.axis))
         found = merge(found, rows, result.shape, batch.size)
     return found
@@ -251,7 +253,7 @@ def stack(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 def pad(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axes grow; never the samples' own."""
     x, rows = only_first(args, kwargs)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, SampleAxis):
         return rows
     amounts = argument(args, kwargs, 1, "pad")
     from_end = 2 * (x.dim() - 1 - rows.axis)
@@ -262,4 +264,4 @@ def pad(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 def pairs(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axis holds the real and the imaginary part."""
     x, rows = only_first(args, kwargs)
-    return LOST if isinstance(rows, Rows) and rows.axis >= min(x.dim(), result.dim()) else rows
+    return LOST if isinstance(rows, SampleAxis) and rows.axis >= min(x.dim(), result.dim()) else rows

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..weights.names import getter
-from .layout import KEY, LOST, Lost, Rows, Tag, merge, placed
+from .layout import KEY, LOST, SampleAxis, Tag, Untracked, merge, placed
 
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -27,11 +27,11 @@ class Batch:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.layouts: dict[int, list[Rows]] = {}
+        self.layouts: dict[int, list[SampleAxis]] = {}
 
     def note(self, rows: Tag, shape: Sequence[int]) -> None:
         """Remember a layout."""
-        if isinstance(rows, Rows) and rows.owners is None:
+        if isinstance(rows, SampleAxis) and rows.owners is None:
             known = self.layouts.setdefault(shape[rows.axis], [])
             if all(other.inner != rows.inner for other in known):
                 known.append(rows)
@@ -130,7 +130,7 @@ def only_first(args: Args, kwargs: Kwargs, name: str = "input") -> tuple[Tensor,
 def aligned(tensor: Tensor, shape: Sequence[int], batch: Batch) -> Tag:
     """A tensor's tag in a result of a shape to which it broadcasts."""
     rows = tag_of(tensor)
-    if rows is None or isinstance(rows, Lost):
+    if rows is None or isinstance(rows, Untracked):
         return rows
     axis = rows.axis + len(shape) - tensor.dim()
     return placed(rows, axis, tensor.shape[rows.axis], shape[axis], batch.size)
@@ -142,7 +142,7 @@ def broadcast(values: Iterator[Any] | Sequence[Any], shape: Sequence[int], batch
     for value in values:
         if isinstance(value, Tensor):
             found = merge(found, aligned(value, shape, batch), shape, batch.size)
-            if isinstance(found, Lost):
+            if isinstance(found, Untracked):
                 break
     return found
 
@@ -163,7 +163,7 @@ def contract(
         rows = tag_of(tensor)
         if rows is None or tensor is None:
             continue
-        if isinstance(rows, Lost) or list(labels).count(labels[rows.axis]) != 1 or labels[rows.axis] not in out:
+        if isinstance(rows, Untracked) or list(labels).count(labels[rows.axis]) != 1 or labels[rows.axis] not in out:
             return LOST
         axis = list(out).index(labels[rows.axis])
         found = merge(found, placed(rows, axis, tensor.shape[rows.axis], shape[axis], batch.size), shape, batch.size)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .indexing import Item, along, indexed, steps_of
-from .layout import LOST, Lost, Rows, Tag, merge, owner_index, picked
+from .layout import LOST, SampleAxis, Tag, Untracked, merge, owner_index, picked
 from .table import Args, Batch, Kwargs, aligned, argument, follows, tag_of
 
 
@@ -19,11 +19,11 @@ def written(batch: Batch, target: Tensor, items: Sequence[Item], value: Any) -> 
     (zeros, say) is of the batch from now on: it gets the first layout that puts every sample written where its own rows are.
     """
     rows = tag_of(target)
-    if isinstance(rows, Lost):
+    if isinstance(rows, Untracked):
         return rows
     asked, shape = indexed(target.shape, None, items, batch)
     wanted = merge(asked, aligned(value, shape, batch), shape, batch.size) if isinstance(value, Tensor) else asked
-    if wanted is None or isinstance(wanted, Lost):
+    if wanted is None or isinstance(wanted, Untracked):
         return rows if wanted is None else LOST
     if rows is not None:
         candidates = [rows]
@@ -36,7 +36,7 @@ def written(batch: Batch, target: Tensor, items: Sequence[Item], value: Any) -> 
             candidates.extend(rows.on(axis) for rows in layouts)
     for candidate in candidates:
         found, _ = indexed(target.shape, candidate, items, batch)
-        if isinstance(found, Rows) and isinstance(merge(found, wanted, shape, batch.size), Rows):
+        if isinstance(found, SampleAxis) and isinstance(merge(found, wanted, shape, batch.size), SampleAxis):
             return candidate
     return LOST
 
@@ -76,13 +76,13 @@ def scatter(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     rows, wanted = tag_of(x), tag_of(index)
     if isinstance(value, Tensor) and tag_of(value) is not None:
         wanted = merge(wanted, tag_of(value) if value.shape == index.shape else LOST, index.shape, batch.size)
-    if not isinstance(wanted, Rows):
+    if not isinstance(wanted, SampleAxis):
         return wanted or rows
     size, axis = index.shape[wanted.axis], wanted.axis
     if axis != dim:
         return merge(rows, wanted if x.shape[axis] == size else LOST, x.shape, batch.size)
     line = owner_index(wanted, size, batch.size, index.device).reshape([-1 if a == dim else 1 for a in range(x.dim())])
-    for candidate in [rows] if isinstance(rows, Rows) else batch.layouts.get(x.shape[dim], []):
+    for candidate in [rows] if isinstance(rows, SampleAxis) else batch.layouts.get(x.shape[dim], []):
         known = candidate.axis == dim or rows is None
         if known and bool((picked(candidate, x.shape[dim], index, batch.size) == line).all()):
             return candidate.on(dim)

@@ -11,7 +11,7 @@ from .value import Weight
 Pair = tuple[Tensor, Tensor]
 
 
-class Residual(LowRank):
+class LowRankFromStart(LowRank):
     """`W + s·reshape(left @ right − left₀ @ right₀)`.
 
     It acts as the low-rank weight of `[left − left₀, left₀] @ [right; right − right₀]`, which is the same change but
@@ -45,4 +45,4 @@ class Residual(LowRank):
         return LowRank(self.base, self.left, self.right, self.scale, self.dropout).linear(x, bias)
 
     def eval(self) -> Weight:
-        return Residual(self.base.eval(), (self._left, self._right), (self._left0, self._right0), self.scale)
+        return LowRankFromStart(self.base.eval(), (self._left, self._right), (self._left0, self._right0), self.scale)

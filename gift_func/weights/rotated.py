@@ -167,7 +167,7 @@ class Blocks(Rotated):
         return self._with(self.base.eval(), dropout=0.0)
 
 
-class Reflected(Rotated):
+class HouseholderRotation(Rotated):
     """`W' = W·H` with `H = I - left @ right`, a product of reflections held by two thin factors.
 
     Args:

@@ -11,7 +11,7 @@ from .low_rank import LowRank
 from .value import Weight, add_scaled, dense_linear
 
 
-class Triple(LowRank):
+class ScaledLowRank(LowRank):
     """`W + s·reshape(diag(rows)·outer·diag(middle)·inner·diag(columns))`.
 
     A linear layer scales the activations and not the factors, so that frozen factors need no gradient.
@@ -82,4 +82,4 @@ class Triple(LowRank):
 
     def eval(self) -> Weight:
         parts = self.outer, self.middle, self.inner
-        return Triple(self.base.eval(), *parts, rows=self.rows, columns=self.columns, scale=self.scale)
+        return ScaledLowRank(self.base.eval(), *parts, rows=self.rows, columns=self.columns, scale=self.scale)

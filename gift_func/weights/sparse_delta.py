@@ -11,7 +11,7 @@ from ..kernels.choice import autocasts
 from .value import OnBase, Weight, as_weight, dense_linear
 
 
-class Scattered(OnBase):
+class SparseDelta(OnBase):
     """`W + s·scatter(v)`: values added at some entries of W.
 
     Args:
@@ -35,7 +35,7 @@ class Scattered(OnBase):
         return flat.index_add(0, place, self.values.to(wide) * self.scale).to(self.base.dtype).view(self.shape)
 
     def eval(self) -> Weight:
-        return Scattered(self.base.eval(), self.values, self.indices, self.scale)
+        return SparseDelta(self.base.eval(), self.values, self.indices, self.scale)
 
 
 class Rows(OnBase):

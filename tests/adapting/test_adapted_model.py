@@ -738,10 +738,10 @@ def test_the_entangled_model_follows_its_adapter() -> None:
 class Computed(gf.Method):
     """`W' = W + a·bᵀ`, by a method that forms the product ahead of use."""
 
-    def refuses(self, site: gf.Site) -> str | None:
+    def why_not(self, site: gf.Site) -> str | None:
         return None if site.parameter.ndim == 2 else "a matrix"
 
-    def init(self, site: gf.Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def init_tensors(self, site: gf.Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         rows, columns = site.parameter.shape
         return {"a": site.parameter.new_ones(rows), "b": site.parameter.new_ones(columns)}
 

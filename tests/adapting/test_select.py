@@ -436,7 +436,7 @@ def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
 
         size: float = 1.0
 
-        def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
             return {"shift": torch.zeros(1, dtype=site.parameter.dtype)}
 
         def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import gift_func as gf
 from gift_func import testing
 from gift_func.banks import entry
-from gift_func.tracking.sample_axis import Following
+from gift_func.tracking.sample_axis import TrackSamples
 
 MLP_ROW = BY_NAME["mlp"]
 
@@ -556,13 +556,13 @@ class Masked(nn.Module):
 def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets an entry for each call that is followed."""
     calls: list[int] = []
-    before = Following.__init__
+    before = TrackSamples.__init__
 
-    def counted(self: Following, batch: int) -> None:
+    def counted(self: TrackSamples, batch: int) -> None:
         calls.append(batch)
         before(self, batch)
 
-    monkeypatch.setattr(Following, "__init__", counted)
+    monkeypatch.setattr(TrackSamples, "__init__", counted)
     return calls
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gift_func as gf
 
-# Rows whose leading axis is no batch: channels, the words of all bags, or steps of time.
+# SampleAxis whose leading axis is no batch: channels, the words of all bags, or steps of time.
 WITHOUT_BATCH = {"conv_unbatched", "embedding_bag", "gru", "rnn"}
 STATES = {"lstm": {1: 1, 2: 1}}
 

@@ -94,7 +94,7 @@ def of_several_ranks(method: gf.Method, host: str) -> list[gf.Method]:
     if rank is None:
         return [method] * 3
     try:
-        others = [method.but(rank=2 * rank), method, method.but(rank=2 * rank)]
+        others = [method.replace(rank=2 * rank), method, method.replace(rank=2 * rank)]
         cases = [Case(found, testing.HOSTS[host]) for found in others]
         base = gf.FrozenBase.of(cases[0].model)
         gf.stack([gf.adapt(base, case.rules) for case in cases])

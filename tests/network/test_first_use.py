@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gift_func as gf
 from gift_func import safetensors_io
 from gift_func._torch import is_transformed
-from gift_func.network.copy_tree import Replica, replica
+from gift_func.network.copy_tree import Replica, copy_tree
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -346,7 +346,7 @@ def test_threads_that_race_to_the_first_use_get_one_network(monkeypatch: pytest.
     def counted(*given: Any) -> Replica:
         count[0] += 1
         time.sleep(0.02)  # so that the others come meanwhile
-        return replica(*given)
+        return copy_tree(*given)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -357,7 +357,7 @@ def test_threads_that_race_to_the_first_use_get_one_network(monkeypatch: pytest.
             assert found[:5] == [wanted] * 5, turn
             assert found[5:7] == [id(adapted.head), id(adapted._body.structure)]
         adapted = adapted_of(theirs)
-        monkeypatch.setattr("gift_func.network.module_tree.replica", counted)
+        monkeypatch.setattr("gift_func.network.module_tree.copy_tree", counted)
         at_once(adapted, [lambda a: a._body.ready()] * 8)
         assert count == [1]
     finally:

@@ -39,7 +39,7 @@ def dense(site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
 def test_formula(method: gf.C3A, sites: list[str]) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(sites, method))
-    if method.initialization == "zeros":
+    if method.init == "zeros":
         torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
     check_by_hand(shaken(adapted, by=1.0), model, sites, dense, IDS)
     assert gf.Method.from_dict(method.to_dict()) == method

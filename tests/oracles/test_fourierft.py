@@ -35,7 +35,7 @@ def dense(scale: float, site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tensor
 def test_formula(method: gf.FourierFT) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(SITES, method))
-    if method.initialization == "zeros":
+    if method.init == "zeros":
         torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
     check_by_hand(shaken(adapted), model, SITES, partial(dense, method.scaling), IDS)
     assert gf.Method.from_dict(method.to_dict()) == method

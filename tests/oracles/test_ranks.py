@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gift_func as gf
-from gift_func.network.runner import Part
+from gift_func.network.runner import AdaptedParameter
 from gift_func.testing import HOSTS, refuses
 from gift_func.testing.laws import Case
 
@@ -44,7 +44,9 @@ SPREAD = [
 ]
 
 
-def padded(mine: Part, tensors: dict[str, Tensor], larger: Part, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def padded(
+    mine: AdaptedParameter, tensors: dict[str, Tensor], larger: AdaptedParameter, shapes: dict[str, torch.Size]
+) -> dict[str, Tensor]:
     """The tensors of the smaller rank as those of the larger one, by its names."""
     axes, scale = mine.method.rank_axes(tensors), mine.method.scaled_tensors(tensors)
     wanted = larger.method.scaled_tensors(tensors)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.network.copy_tree import Replica, replica
+from gift_func.network.copy_tree import Replica, copy_tree
 from gift_func.stores import folder
 from gift_func.stores.reader import Read, Reader
 
@@ -514,9 +514,9 @@ def test_neither_loading_nor_calling_copies_the_network(tmp_path: Path, monkeypa
 
     def counted(*given: Any) -> Replica:
         count[0] += 1
-        return replica(*given)
+        return copy_tree(*given)
 
-    monkeypatch.setattr("gift_func.network.module_tree.replica", counted)
+    monkeypatch.setattr("gift_func.network.module_tree.copy_tree", counted)
     for i in range(18):
         store(x, adapters=[f"a{i}", None, f"a{i + 1}"])
         store(x, adapters=[f"a{i}"] * 3)

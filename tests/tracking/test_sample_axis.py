@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from gift_func.tracking.sample_axis import Following, Lost, Rows, owner_index, rows_of, tag
+from gift_func.tracking.sample_axis import SampleAxis, TrackSamples, Untracked, owner_index, rows_of, tag
 
 B = 3
-LAYOUTS: dict[str, tuple[tuple[int, ...], Rows]] = {
-    "a": ((3, 3, 4), Rows(0, 1)),  # as many tokens as samples
-    "b": ((3, 3, 4), Rows(1, 1)),
-    "c": ((6, 3, 4), Rows(0, 2)),
-    "d": ((6, 3, 4), Rows(0, 1)),  # two rounds of the samples
-    "e": ((5, 3, 4), Rows(0, 1, torch.tensor([2, 0, 1, 1, 0]))),
-    "f": ((3, 4, 3), Rows(2, 1)),
-    "g": ((4, 6, 2), Rows(1, 2)),
-    "h": ((4, 5, 6), Rows(1, 1, torch.tensor([1, 1, 2, 0, 2]))),
+LAYOUTS: dict[str, tuple[tuple[int, ...], SampleAxis]] = {
+    "a": ((3, 3, 4), SampleAxis(0, 1)),  # as many tokens as samples
+    "b": ((3, 3, 4), SampleAxis(1, 1)),
+    "c": ((6, 3, 4), SampleAxis(0, 2)),
+    "d": ((6, 3, 4), SampleAxis(0, 1)),  # two rounds of the samples
+    "e": ((5, 3, 4), SampleAxis(0, 1, torch.tensor([2, 0, 1, 1, 0]))),
+    "f": ((3, 4, 3), SampleAxis(2, 1)),
+    "g": ((4, 6, 2), SampleAxis(1, 2)),
+    "h": ((4, 5, 6), SampleAxis(1, 1, torch.tensor([1, 1, 2, 0, 2]))),
 }
 FIRST, MIDDLE, ALL = "acde", "bgh", "abcdefgh"
 
@@ -68,7 +68,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def there_and_back(x: Tensor) -> Tensor:
-    """Rows in another order, and by the inverse permutation in their own again."""
+    """SampleAxis in another order, and by the inverse permutation in their own again."""
     order = x[:, 0].argsort()
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
@@ -87,7 +87,7 @@ def experts(x: Tensor) -> Tensor:
 
 
 def grouped(x: Tensor) -> Tensor:
-    """Rows in two groups, each with a matrix of its own."""
+    """SampleAxis in two groups, each with a matrix of its own."""
     return torch._grouped_mm(x.bfloat16(), w(2, 24, 8).bfloat16(), offs=torch.tensor([2, len(x)], dtype=torch.int32)).float()
 
 
@@ -316,7 +316,7 @@ MOVES = {
 }
 
 
-def owners_like(tensor: Tensor, rows: Rows, batch: int = B) -> Tensor:
+def owners_like(tensor: Tensor, rows: SampleAxis, batch: int = B) -> Tensor:
     """The sample of every element of a tensor."""
     size = tensor.shape[rows.axis]
     assert rows.owners is None or rows.owners.shape == (size,)
@@ -340,13 +340,13 @@ def test_one_sample_changes_its_own_elements_only(name: str, layout: str) -> Non
         assert layout not in known, "the function does not take this layout"
         return
     marked = tag(x, rows)
-    with Following(B):
+    with TrackSamples(B):
         out = leaves(function(marked))
     assert rows_of(x) is None
     assert rows_of(marked) is rows
     tags = [rows_of(tensor) for tensor in out]
     if layout in known:
-        assert all(isinstance(found, Rows) for found in tags), tags
+        assert all(isinstance(found, SampleAxis) for found in tags), tags
     owner = owners_like(x, rows)
     if name in MOVES:
         return _check_by_gradient(function, x, owner, tags)
@@ -354,20 +354,20 @@ def test_one_sample_changes_its_own_elements_only(name: str, layout: str) -> Non
     for sample in range(B):
         other = leaves(function(torch.where(owner == sample, 2 * torch.sin(3 * x) + 0.1, x)))
         for before, after, found in zip(out, other, tags, strict=True):
-            if isinstance(found, Lost):
+            if isinstance(found, Untracked):
                 continue
             changed = (before.double() - after.double()).abs() > 1e-12
             moved |= bool(changed.any())
             allowed = owners_like(before, found) == sample if found is not None else torch.zeros_like(changed)
             assert not (changed & ~allowed).any(), (sample, found)
-    assert moved or not all(isinstance(found, Rows) for found in tags)
+    assert moved or not all(isinstance(found, SampleAxis) for found in tags)
 
 
 def _check_by_gradient(function: Callable[[Tensor], Any], x: Tensor, owner: Tensor, tags: list[Any]) -> None:
     x = x.clone().requires_grad_()
     (out,) = leaves(function(x))
     (found,) = tags
-    if isinstance(found, Rows):
+    if isinstance(found, SampleAxis):
         for sample in range(B):
             (grad,) = torch.autograd.grad(out[owners_like(out, found) == sample].sum(), x, retain_graph=True)
             assert not (grad != 0)[owner != sample].any()
@@ -404,15 +404,15 @@ MIXED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_samples_are_lost_and_the_function_is_named(name: str) -> None:
     function, wanted = MIXED[name]
-    x = tag(torch.randn(3, 3, 4, dtype=torch.float64), Rows(0, 1))
-    with Following(3):
+    x = tag(torch.randn(3, 3, 4, dtype=torch.float64), SampleAxis(0, 1))
+    with TrackSamples(3):
         found = rows_of(function(x))
-    assert found == Lost(wanted)
+    assert found == Untracked(wanted)
 
 
 def test_constants_are_untagged() -> None:
-    x = tag(torch.randn(3, 4), Rows(0, 1))
-    with Following(3):
+    x = tag(torch.randn(3, 4), SampleAxis(0, 1))
+    with TrackSamples(3):
         made = [torch.zeros_like(x), x.new_ones(3), (x > 0).nonzero(), *torch.where(x > 0), torch.arange(3) + 1]
         buffer = x.clone()
         buffer.zero_()
@@ -421,8 +421,8 @@ def test_constants_are_untagged() -> None:
 
 
 def test_flags_and_hooks_are_no_writes() -> None:
-    x = tag(torch.randn(3, 4), Rows(0, 1))
-    with Following(3):
+    x = tag(torch.randn(3, 4), SampleAxis(0, 1))
+    with TrackSamples(3):
         x.requires_grad = True
         (x * 2).sum().backward()
         x.grad = None
@@ -430,16 +430,16 @@ def test_flags_and_hooks_are_no_writes() -> None:
         hook.remove()
         x.data = torch.ones(3, 4)
         assert rows_of(x) is None
-        x.data = tag(torch.ones(3, 4), Rows(1, 1))
+        x.data = tag(torch.ones(3, 4), SampleAxis(1, 1))
     found = rows_of(x)
-    assert isinstance(found, Rows)
+    assert isinstance(found, SampleAxis)
     assert found.axis == 1
 
 
 def test_the_callers_tensor_is_never_marked() -> None:
     x = torch.randn(3, 4)
-    marked = tag(x, Rows(0, 1))
-    with Following(3):
+    marked = tag(x, SampleAxis(0, 1))
+    with TrackSamples(3):
         marked.mul_(2)
         F.dropout(marked, training=False)
     assert rows_of(x) is None
@@ -447,12 +447,12 @@ def test_the_callers_tensor_is_never_marked() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 def test_a_buffer_is_marked_through_its_views(context: Callable[[], Any]) -> None:
-    x = tag(torch.randn(3, 3, 4), Rows(0, 1))
-    with context(), Following(3):
+    x = tag(torch.randn(3, 3, 4), SampleAxis(0, 1))
+    with context(), TrackSamples(3):
         buffer = torch.zeros(3, 5, 4)
         torch.add(x, 1, out=buffer[:, 2:])
         found = rows_of(buffer)
-    assert isinstance(found, Rows)
+    assert isinstance(found, SampleAxis)
     assert found.axis == 0
 
 
@@ -470,9 +470,9 @@ class Doubled(torch.autograd.Function):
 
 @pytest.mark.parametrize("by_numpy", [False, True])
 def test_an_autograd_function_is_followed_as_far_as_it_is_torch(by_numpy: bool) -> None:
-    x = tag(torch.randn(3, 4, requires_grad=True), Rows(0, 1))
+    x = tag(torch.randn(3, 4, requires_grad=True), SampleAxis(0, 1))
     function: Any = Doubled  # torch leaves `apply` untyped
-    with Following(3):
+    with TrackSamples(3):
         found = rows_of(function.apply(x, by_numpy))
     assert (found is None) == by_numpy
 
@@ -480,31 +480,31 @@ def test_an_autograd_function_is_followed_as_far_as_it_is_torch(by_numpy: bool) 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_are_followed_and_recomputed(reentrant: bool) -> None:
     leaf = torch.randn(3, 4, requires_grad=True)
-    with Following(3):
-        y = checkpoint(torch.tanh, tag(leaf, Rows(0, 1)), use_reentrant=reentrant)
-        assert isinstance(rows_of(y), Rows)
+    with TrackSamples(3):
+        y = checkpoint(torch.tanh, tag(leaf, SampleAxis(0, 1)), use_reentrant=reentrant)
+        assert isinstance(rows_of(y), SampleAxis)
     y.sum().backward()
     torch.testing.assert_close(leaf.grad, 1 - torch.tanh(leaf.detach()) ** 2)
 
 
 def test_out_replaces_an_old_tag() -> None:
-    x, into = tag(torch.randn(3, 4), Rows(0, 1)), tag(torch.empty(3, 4), Rows(1, 1))
-    with Following(3):
+    x, into = tag(torch.randn(3, 4), SampleAxis(0, 1)), tag(torch.empty(3, 4), SampleAxis(1, 1))
+    with TrackSamples(3):
         torch.add(torch.ones(3, 4), 1, out=into)
         assert rows_of(into) is None
         torch.add(x, 1, out=into)
     found = rows_of(into)
-    assert isinstance(found, Rows)
+    assert isinstance(found, SampleAxis)
     assert found.axis == 0
 
 
 def test_a_batch_of_one_is_followed_whatever_its_axis_meets() -> None:
-    x, y = tag(torch.randn(1, 5, 4), Rows(0, 1)), tag(torch.randn(5, 1, 4), Rows(1, 1))
-    with Following(1):
+    x, y = tag(torch.randn(1, 5, 4), SampleAxis(0, 1)), tag(torch.randn(5, 1, 4), SampleAxis(1, 1))
+    with TrackSamples(1):
         found = rows_of(x + y)
         grown = rows_of(x + torch.ones(3, 1, 1))
-    assert isinstance(found, Rows)
-    assert isinstance(grown, Rows)
+    assert isinstance(found, SampleAxis)
+    assert isinstance(grown, SampleAxis)
     assert owner_index(grown, 3, 1).tolist() == [0, 0, 0]
 
 
@@ -542,7 +542,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         self.batch = batch
-        self.sources: list[tuple[Tensor, Rows]] = []
+        self.sources: list[tuple[Tensor, SampleAxis]] = []
         self.seen: list[tuple[str, Tensor, Any]] = []
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
@@ -560,14 +560,14 @@ class Watch:
         rows = rows_of(output)
         if rows is None:
             return None  # of positions, the same for every sample
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, SampleAxis)
         leaf = output.detach().requires_grad_()
         assert rows_of(leaf) is rows
         self.sources.append((leaf, rows))
         return leaf
 
     def check(self, name: str, tensor: Tensor, rows: Any) -> None:
-        assert isinstance(rows, Rows), f"{name}: {rows}"
+        assert isinstance(rows, SampleAxis), f"{name}: {rows}"
         mine = owners_like(tensor, rows, self.batch)
         for sample in range(self.batch):
             part = torch.where(mine == sample, tensor, 0).square().sum()
@@ -590,7 +590,7 @@ def test_networks(row: models.Row, axis: int) -> None:
     watch = Watch(model, batch)
 
     def start(tensor: Tensor) -> Tensor:
-        rows = Rows(axis, 1)
+        rows = SampleAxis(axis, 1)
         if tensor.is_floating_point():
             tensor.requires_grad_()
             watch.sources.append((tensor, rows))
@@ -599,7 +599,7 @@ def test_networks(row: models.Row, axis: int) -> None:
     constant = {"attn_mask"}  # of every sample alike
     args = tree_map_only(Tensor, start, args)
     kwargs = {name: value if name in constant else tree_map_only(Tensor, start, value) for name, value in kwargs.items()}
-    with Following(batch):
+    with TrackSamples(batch):
         output = model(*args, **kwargs)
     assert watch.sources
     for seen in watch.seen:
@@ -610,12 +610,12 @@ def test_networks(row: models.Row, axis: int) -> None:
 
 def test_the_fast_path_of_encoders_is_not_taken() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
-    with torch.no_grad(), Following(3):
-        found = rows_of(layer(tag(torch.randn(3, 3, 8), Rows(0, 1))))
-    assert isinstance(found, Rows)
+    with torch.no_grad(), TrackSamples(3):
+        found = rows_of(layer(tag(torch.randn(3, 3, 8), SampleAxis(0, 1))))
+    assert isinstance(found, SampleAxis)
     assert found.axis == 0
 
 
 def test_owner_index() -> None:
-    assert owner_index(Rows(0, 2), 12, 3).tolist() == [0, 0, 1, 1, 2, 2] * 2
-    assert owner_index(Rows(0, 1, torch.tensor([2, 0])), 2, 3).tolist() == [2, 0]
+    assert owner_index(SampleAxis(0, 2), 12, 3).tolist() == [0, 0, 1, 1, 2, 2] * 2
+    assert owner_index(SampleAxis(0, 1, torch.tensor([2, 0])), 2, 3).tolist() == [2, 0]

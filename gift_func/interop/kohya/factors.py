@@ -12,13 +12,13 @@ from ...errors import AdaptError, FileError
 from ...methods import DoRA, LoHa, LoKr, LoRA, Method
 from ...select import Site
 from .methods import Decomposed, GivenLoKr, Side
-from .module_tensors import Found, Tensors
+from .module_tensors import ModuleTensors, Tensors
 
 LORA = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def read_lora(found: Found, site: Site) -> tuple[Method, Tensors]:
+def read_lora(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     """`up·down`; of a Tucker core between them and `down` one kernel is made, which is the same change."""
     down, up = found.matrix("lora_down.weight"), found.matrix("lora_up.weight")
     rank = down.shape[0]
@@ -38,8 +38,8 @@ def read_lora(found: Found, site: Site) -> tuple[Method, Tensors]:
 def write_lora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The factors as they are, and alpha as plain readers need it: s·rank."""
     assert isinstance(method, LoRA)
-    if method.initialization.startswith(("pissa", "olora")):
-        raise AdaptError(f"{site.name!r} starts at parts of W (init={method.initialization!r}), for which there is no place")
+    if method.init.startswith(("pissa", "olora")):
+        raise AdaptError(f"{site.name!r} starts at parts of W (init={method.init!r}), for which there is no place")
     if method.layout not in ("matrix", "kernel"):
         raise AdaptError(f"{site.name!r} is factored as conv={method.conv!r}, and LyCORIS factors kernels: use conv='kernel'")
     return {name: tensors[local] for local, name in LORA.items()} | alpha_of(method.scale, method.rank, tensors)
@@ -51,7 +51,7 @@ def write_dora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return write_lora(method, tensors, site, base) | {"dora_scale": magnitude}
 
 
-def read_loha(found: Found, site: Site) -> tuple[Method, Tensors]:
+def read_loha(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     """Four factors, or six where Tucker cores are among them."""
     names = [f"hada_w{i}_{part}" for i in (1, 2) for part in ("a", "b")]
     names += [name for name in ("hada_t1", "hada_t2") if "hada_t1" in found.left or "hada_t2" in found.left]
@@ -68,7 +68,7 @@ def write_loha(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return named | alpha_of(method.scale, method.rank, tensors)
 
 
-def read_lokr(found: Found, site: Site) -> tuple[Method, Tensors]:
+def read_lokr(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     """C and D, each whole or as factors; where both are whole there is no scale, whatever alpha says."""
     c = ["lokr_w1"] if "lokr_w1" in found.left else ["lokr_w1_a", "lokr_w1_b"]
     d = ["lokr_w2"] if "lokr_w2" in found.left else ["lokr_w2_a", "lokr_w2_b"]
@@ -108,7 +108,7 @@ def write_decomposed(method: Method, tensors: Tensors, site: Site, base: Tensor)
     return writers[type(of)](of, own, site, base) | {"dora_scale": tensors["dora_scale"]}
 
 
-def decomposed(found: Found, site: Site, method: Method, tensors: Tensors) -> tuple[Method, Tensors]:
+def decomposed(found: ModuleTensors, site: Site, method: Method, tensors: Tensors) -> tuple[Method, Tensors]:
     """The method, or where the file has magnitudes what it is decomposed."""
     if "dora_scale" not in found.left:
         return method, tensors
@@ -116,7 +116,7 @@ def decomposed(found: Found, site: Site, method: Method, tensors: Tensors) -> tu
     return Decomposed(method, side=side), {**tensors, "dora_scale": found.take("dora_scale")}
 
 
-def side_of(found: Found, site: Site) -> Side:
+def side_of(found: ModuleTensors, site: Site) -> Side:
     """Whether there is a magnitude for each output or for each input, by their shape."""
     shape, w = tuple(found.left["dora_scale"].shape), site.parameter.shape
     ones = (1,) * (len(w) - 2)
@@ -134,10 +134,10 @@ def side_of(found: Found, site: Site) -> Side:
 
 def fits(method: Method, site: Site, tensors: Tensors) -> bool:
     """Whether the method's tensors at the site have as many elements, under the same names."""
-    if method.refuses(site) is not None:
+    if method.why_not(site) is not None:
         return False
     bare = Site(site.name, site.module_name, site.param_name, site.module, torch.empty_like(site.parameter, device="meta"))
-    made = method.at(bare).init(bare, torch.Generator())
+    made = method.for_site(bare).init_tensors(bare, torch.Generator())
     sizes = {name: [n for n in tensor.shape if n != 1] for name, tensor in made.items()}
     return sizes == {name: [n for n in tensor.shape if n != 1] for name, tensor in tensors.items()}
 

@@ -19,7 +19,7 @@ from ...network.frozen_base import BaseView, FrozenBase
 from ...select import Regex, Site
 from ...strategy import Placement, Strategy
 from .methods import Decomposed, is_host
-from .module_tensors import Found, Tensors
+from .module_tensors import ModuleTensors, Tensors
 from .names import Names, Prefix, prefix_of
 from .read import contents
 from .table import BIASES, kind_of
@@ -66,11 +66,11 @@ def load(
     tensors, _ = contents(path)
     base = base_of(model)
     try:
-        groups, plan = grouped(tensors), Plan(base)
+        groups, plan = grouped(tensors), KohyaReader(base)
         names = Names(base.structure.modules, prefix_of(groups) if prefix is None else prefix)
         for called, own in groups.items():
             if not names.passes_over(called):
-                plan.read(Found(called, own), names.module(called))
+                plan.read(ModuleTensors(called, own), names.module(called))
         if not plan.methods:
             raise FileError("the file adapts nothing" + (" but what is to be passed over" if groups else ""))
         return readapt(base, plan.strategy(), plan.state)
@@ -95,7 +95,7 @@ def grouped(tensors: Tensors) -> dict[str, Tensors]:
     return groups
 
 
-class Plan:
+class KohyaReader:
     """What a file's tensors become: methods by parameter, and the adapter's state.
 
     Args:
@@ -107,7 +107,7 @@ class Plan:
         self.state: Tensors = {}
         self.methods: dict[str, Method] = {}
 
-    def read(self, found: Found, module_name: str) -> None:
+    def read(self, found: ModuleTensors, module_name: str) -> None:
         """Find a place for all that a file holds for one module.
 
         Raises:
@@ -127,7 +127,7 @@ class Plan:
         method, tensors = kind.read(found, site)
         self.place(site, method, tensors, found)
 
-    def site(self, found: Found, module_name: str, param_name: str) -> Site:
+    def site(self, found: ModuleTensors, module_name: str, param_name: str) -> Site:
         """The site of a module's weight or bias.
 
         Raises:
@@ -146,7 +146,7 @@ class Plan:
             )
         return site
 
-    def place(self, site: Site, method: Method, tensors: Tensors, found: Found) -> None:
+    def place(self, site: Site, method: Method, tensors: Tensors, found: ModuleTensors) -> None:
         """Adapt a parameter by tensors of the file.
 
         Raises:
@@ -157,12 +157,12 @@ class Plan:
         name = self.groups[site.name][0].name
         if name in self.methods:
             raise FileError(f"the file adapts {name!r} twice, the second time as {found.called}")
-        lack = method.refuses(site)
+        lack = method.why_not(site)
         if lack is not None:
             raise FileError(f"{found.called} would adapt {site.name!r} by {method}, which needs {lack}")
         method = held(method, site.parameter.dtype, tensors)
         bare = replace(site, parameter=torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta"))
-        placement = Placement(name, bare, method.at(bare), method)
+        placement = Placement(name, bare, method.for_site(bare), method)
         wanted = Shapes(torch.Generator()).own(placement)
         if wanted.keys() != tensors.keys():
             odd = sorted(wanted.keys() ^ tensors.keys())[0]
@@ -183,11 +183,11 @@ def held(method: Method, dtype: torch.dtype, tensors: Tensors) -> Method:
     """The method, holding its tensors in the widest of the file's element types if it can and the parameter's is another."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     if isinstance(method, Decomposed):
-        return method.but(of=held(method.of, dtype, tensors))
-    return method.but(dtype=widest) if isinstance(method, (LoRA, LoHa, LoKr)) and widest != dtype else method
+        return method.replace(of=held(method.of, dtype, tensors))
+    return method.replace(dtype=widest) if isinstance(method, (LoRA, LoHa, LoKr)) and widest != dtype else method
 
 
-def fitted(tensor: Tensor, shape: torch.Size, local: str, found: Found) -> Tensor:
+def fitted(tensor: Tensor, shape: torch.Size, local: str, found: ModuleTensors) -> Tensor:
     """A file's tensor in our shape, from which it may differ by dimensions of size 1 and by a flattened kernel.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import AdaptError
 from ...methods import IA3, LoHa, LoKr, LoRA, Method
-from ...methods.settings import check_choice, settings
+from ...methods.settings import check_choice
 from ...select import Site
 from ...weights import Dense, OnBase, Weight
 
@@ -83,6 +83,7 @@ class Decomposed(Method):
     side: Side = "output"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.of, Mapping):
             object.__setattr__(self, "of", Method.from_dict(self.of))
         check_choice("side", self.side, ("output", "input"))
@@ -90,7 +91,7 @@ class Decomposed(Method):
         if not isinstance(of, (LoRA, LoHa, LoKr)) or type(of) not in (LoRA, LoHa, LoKr, GivenLoKr):
             raise AdaptError(f"Decomposed is of a LoRA, LoHa or LoKr, got of={of}")
         drops = ("dropout", "rank_dropout", "module_dropout")
-        if any(getattr(of, name, 0.0) for name in drops) or of.initialization.startswith(("pissa", "olora")):
+        if any(getattr(of, name, 0.0) for name in drops) or of.init.startswith(("pissa", "olora")):
             raise AdaptError(f"Decomposed is of a method without dropout that starts at no part of W, got of={of}")
 
     def __str__(self) -> str:
@@ -100,22 +101,22 @@ class Decomposed(Method):
     def starts_as_base(self) -> bool:
         return self.of.starts_as_base
 
-    def takes(self, site: Site) -> bool:
-        return self.of.takes(site) and self.refuses(site) is None
+    def is_default_site(self, site: Site) -> bool:
+        return self.of.is_default_site(site) and self.why_not(site) is None
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         if not is_host(site.module) or site.param_name != "weight":
             return "the weight of a Linear, Conv1d, Conv2d or Conv3d"
-        return self.of.refuses(site)
+        return self.of.why_not(site)
 
-    def overlooks(self, module: nn.Module) -> str | None:
-        return self.of.overlooks(module)
+    def computed_weight_name(self, module: nn.Module) -> str | None:
+        return self.of.computed_weight_name(module)
 
-    def at(self, site: Site) -> Decomposed:
-        return self.but(of=self.of.at(site))
+    def for_site(self, site: Site) -> Decomposed:
+        return self.replace(of=self.of.for_site(site))
 
-    def init(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        tensors = self.of.init(site, generator)
+    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        tensors = self.of.init_tensors(site, generator)
         dtype = next(iter(tensors.values())).dtype
         v = self.of.weight(Dense(site.parameter.detach()), tensors)
         return {**tensors, "dora_scale": Stretched(v, tensors[next(iter(tensors))], self.side).norm().to(dtype)}
@@ -146,7 +147,7 @@ class WeightIA3(IA3):
         return {}
 
 
-@settings
+@dataclass(frozen=True)
 class GivenLoKr(LoKr):
     """`gf.LoKr` with the sizes of C given, where no `decompose_factor` leads to them (`unbalanced_factorization`).
 
@@ -171,12 +172,13 @@ class GivenLoKr(LoKr):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        super().__post_init__()
         object.__setattr__(self, "first", tuple(self.first))
 
-    def refuses(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         sides, hosted = site.parameter.shape[:2], is_host(site.module) and site.param_name == "weight"
         if hosted and not any(size % first for size, first in zip(sides, self.first, strict=True)):
-            return super().refuses(site)
+            return super().why_not(site)
         return f"the weight of a Linear or Conv1d, Conv2d, Conv3d whose sides are multiples of {self.first}"
 
     def shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Found:
+class ModuleTensors:
     """What a file holds for one module; readers take from it until nothing is left.
 
     Args:
@@ -67,7 +67,7 @@ class Found:
         return None if alpha in (0.0, rank) else alpha
 
 
-Reader = Callable[[Found, Site], tuple[Method, Tensors]]
+Reader = Callable[[ModuleTensors, Site], tuple[Method, Tensors]]
 """Takes a weight's change from a file: the method it stands for, and that one's tensors."""
 
 Writer = Callable[[Method, Tensors, Site, Tensor], Tensors]

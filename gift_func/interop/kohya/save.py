@@ -19,7 +19,7 @@ from ...files import unshared, write_whole
 from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
-from ...network.runner import Part
+from ...network.runner import AdaptedParameter
 from ...select import Site
 from .methods import Decomposed, is_host
 from .module_tensors import Tensors
@@ -138,7 +138,7 @@ def with_metadata(data: bytes, about: Mapping[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-def _site(part: Part, groups: Mapping[str, list[Site]]) -> Site:
+def _site(part: AdaptedParameter, groups: Mapping[str, list[Site]]) -> Site:
     if part.name not in groups:
         raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no such file can hold. {NATIVELY}")
     group = groups[part.name]

@@ -11,7 +11,7 @@ from ...methods.norm_tuning import is_norm
 from ...select import Site
 from . import factors
 from .methods import Decomposed, GivenLoKr, Side, WeightIA3
-from .module_tensors import Found, Kind, Reader, Tensors, Writer
+from .module_tensors import Kind, ModuleTensors, Reader, Tensors, Writer
 
 MERGE = "Merge it where it was made (LyCORIS: merge_to), or save it natively there."
 REFUSED = {
@@ -28,7 +28,7 @@ REFUSED = {
 }
 
 
-def _read_oft(found: Found, site: Site) -> tuple[Method, Tensors]:
+def _read_oft(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     blocks = found.matrix("oft_blocks")
     if blocks.ndim == 4:
         raise FileError(f"{found.called}.oft_blocks holds a BOFT of outputs, and gf.BOFT turns inputs. {MERGE}")
@@ -37,7 +37,7 @@ def _read_oft(found: Found, site: Site) -> tuple[Method, Tensors]:
     bound = found.scalar("alpha", 0.0)
     rescale = {"rescale": found.take("rescale")} if "rescale" in found.left else {}
     method = OFT(blocks.shape[1], side="output", rescale=bool(rescale))
-    return method.but(coft=True, eps=bound) if bound > 0 else method, {"oft_blocks": blocks, **rescale}
+    return method.replace(coft=True, eps=bound) if bound > 0 else method, {"oft_blocks": blocks, **rescale}
 
 
 def _write_oft(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
@@ -51,7 +51,7 @@ def _write_oft(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return {**tensors, "oft_blocks": blocks, "alpha": torch.tensor(bound)}
 
 
-def _read_ia3(found: Found, site: Site) -> tuple[Method, Tensors]:
+def _read_ia3(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     side: Side = "input" if found.scalar("on_input", 0.0) else "output"
     change = found.take("weight")
     wide = torch.promote_types(change.dtype, site.parameter.dtype)
@@ -78,7 +78,7 @@ def change_of(method: Method, tensors: Tensors, base: Tensor) -> Tensor:
 
 
 def _read_change(name: str) -> Reader:
-    def read(found: Found, site: Site) -> tuple[Method, Tensors]:
+    def read(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
         return Diff(), {"diff": found.take(name)}
 
     return read
@@ -118,7 +118,7 @@ WRITERS: dict[type[Method], tuple[str, Writer]] = {
 }
 
 
-def kind_of(found: Found) -> Kind:
+def kind_of(found: ModuleTensors) -> Kind:
     """What kind of change a module's tensors are.
 
     Raises:

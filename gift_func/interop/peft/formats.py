@@ -20,14 +20,14 @@ from ...select import Site
 from . import config as configs
 from .config import Config
 from .keys import Entry, Paths
-from .reader import Plan, redrawn
-from .writer import Draft, one
+from .reader import PeftReader, redrawn
+from .writer import PeftWriter, one
 
 LAYERS: Config = {"layers_pattern": None, "layers_to_transform": None}
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileFormat:
     """One method of PEFT: its config and its tensors.
 
     Attributes:
@@ -77,7 +77,7 @@ class Kind:
                 )
         return config
 
-    def plan(self, plan: Plan, given: Config, ignore: Collection[str]) -> None:
+    def plan(self, plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
         """Read a file.
 
         Raises:
@@ -105,14 +105,14 @@ class Kind:
         found = next((pattern for pattern in patterns if re.match(rf".*\.{pattern}$", name)), name)
         return patterns.get(found, config[key])
 
-    def place(self, plan: Plan, config: Config, path: str, name: str) -> None:
+    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
         """Adapt one module by tensors of the file."""
         module = plan.modules[name]
         if not self.adapts(module):
             raise FileError(f"the config targets {name!r}, a {type(module).__name__}; PEFT adapts {', '.join(self.hosts)} so")
         site = plan.site(name, "weight")
         method = self.make(config)
-        reason = method.refuses(site)
+        reason = method.why_not(site)
         if reason is not None:
             raise FileError(f"the config adapts {site.name!r} by {method}, which needs {reason}")
         plan.place(site, method, self.entries(path, site, method))
@@ -128,12 +128,12 @@ class Kind:
         """The tensors of a module's weight, in the file and here."""
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         try:
-            names = method.at(site).init(replace(site, parameter=bare), torch.Generator())
+            names = method.for_site(site).init_tensors(replace(site, parameter=bare), torch.Generator())
         except RuntimeError as error:
             raise FileError(f"{method} makes no tensors for {site.name!r}: {error}") from None
         return [Entry(f"{path}.{self.suffixes.get(name, name)}", name) for name in names if name not in self.drawn]
 
-    def draft(self, draft: Draft) -> None:
+    def draft(self, draft: PeftWriter) -> None:
         """Write a file.
 
         Raises:
@@ -171,11 +171,11 @@ class Kind:
             raise AdaptError(f"PEFT's {self.method.__name__} has no place for the change of {left!r}. Save it natively.")
         draft.save_whole(paths, takes_biases="bias" in self.keys)
 
-    def beside(self, draft: Draft, paths: Paths, sites: Mapping[str, Site]) -> None:
+    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         """What more a method writes."""
 
 
-def kind_of(methods: Sequence[Method], kinds: Mapping[str, Kind]) -> str:
+def kind_of(methods: Sequence[Method], kinds: Mapping[str, FileFormat]) -> str:
     """The `peft_type` of an adapter with these methods.
 
     Raises:

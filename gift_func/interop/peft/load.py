@@ -17,7 +17,7 @@ from ...errors import AdaptError, FileError, StateError
 from ...network.frozen_base import BaseView, FrozenBase
 from . import config as configs
 from .lora import plan_lora
-from .reader import Plan
+from .reader import PeftReader
 from .table import KINDS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -64,7 +64,7 @@ def load(
     tensors = read_tensors(folder)
     base = base_of(model)
     try:
-        plan = Plan(base, tensors)
+        plan = PeftReader(base, tensors)
         if kind == "LORA":
             plan_lora(plan, config, ignore)
         else:

@@ -15,19 +15,19 @@ from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
 from ...methods.settings import first_match
-from ...network.runner import Part
+from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
 from .config import Config
 from .keys import PREFIX, Entry, Paths, by_module, is_target, lora_module, lora_parameter
-from .reader import Plan
-from .writer import Draft, number, one, zeros
+from .reader import PeftReader
+from .writer import PeftWriter, number, one, zeros
 
 MAGNITUDE = "lora_magnitude_vector"
 RESIDUES = ("lora_A0", "lora_B0")
 
 
-def plan_lora(plan: Plan, given: Config, ignore: Collection[str]) -> None:
+def plan_lora(plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
     """Read a LoRA file.
 
     Raises:
@@ -82,7 +82,7 @@ def _method(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
     )
 
 
-def _parameters(plan: Plan, config: Config) -> dict[str, list[str]]:
+def _parameters(plan: PeftReader, config: Config) -> dict[str, list[str]]:
     """The parameters that are targeted by name, by module, in the order of their registration."""
     wanted = config["target_parameters"] or ()
     found = {}
@@ -97,7 +97,7 @@ def _parameters(plan: Plan, config: Config) -> dict[str, list[str]]:
     return found
 
 
-def _wrappers(plan: Plan, modules: Collection[str], parameters: dict[str, list[str]]) -> dict[str, int]:
+def _wrappers(plan: PeftReader, modules: Collection[str], parameters: dict[str, list[str]]) -> dict[str, int]:
     wrappers = {name: len(params) for name, params in parameters.items()}
     for name in modules:
         if name in wrappers:
@@ -108,7 +108,7 @@ def _wrappers(plan: Plan, modules: Collection[str], parameters: dict[str, list[s
     return wrappers
 
 
-def _module(plan: Plan, config: Config, paths: Paths, name: str) -> None:
+def _module(plan: PeftReader, config: Config, paths: Paths, name: str) -> None:
     module, method = plan.modules[name], _method(config, name, plan.modules[name])
     if not is_target(module):
         raise FileError(f"the config targets {name!r}, a {type(module).__name__}, which LoRA cannot adapt as a module")
@@ -128,19 +128,19 @@ def _module(plan: Plan, config: Config, paths: Paths, name: str) -> None:
             plan.same_again(site, entries)
             continue
         plan.place(site, method, entries, tied=bool(config["ensure_weight_tying"]))
-        plan.draw(site, method, RESIDUES if method.initialization.startswith(configs.RESIDUAL) else ())
+        plan.draw(site, method, RESIDUES if method.init.startswith(configs.RESIDUAL) else ())
         if config["lora_bias"]:
             _bias(plan, path, site.module_name, method)
 
 
-def _bias(plan: Plan, path: str, name: str, method: LoRA) -> None:
+def _bias(plan: PeftReader, path: str, name: str, method: LoRA) -> None:
     module = plan.modules[name]
     if module._parameters.get("bias") is None:
         raise FileError(f"lora_bias adds a bias to {name!r}, a {type(module).__name__}, which has none to add it to")
     plan.place(plan.site(name, "bias"), Diff(scale=method.scale), [Entry(f"{path}.lora_B.bias", "diff")])
 
 
-def _tokens(plan: Plan, config: Config, paths: Paths) -> None:
+def _tokens(plan: PeftReader, config: Config, paths: Paths) -> None:
     """Read the rows of embeddings that were trained along (`trainable_token_indices`)."""
     wanted = config["trainable_token_indices"]
     if not wanted:
@@ -159,7 +159,7 @@ def _tokens(plan: Plan, config: Config, paths: Paths) -> None:
             plan.place(plan.site(name, "weight"), TrainableTokens(tokens), [Entry(key, "trainable_tokens_delta")], tied=ties)
 
 
-def draft_lora(draft: Draft) -> None:
+def draft_lora(draft: PeftWriter) -> None:
     """Write a LoRA file.
 
     Raises:
@@ -218,7 +218,7 @@ def draft_lora(draft: Draft) -> None:
     draft.save_whole(paths, takes_biases=True)
 
 
-def _without_residue(draft: Draft, part: Part) -> None:
+def _without_residue(draft: PeftWriter, part: AdaptedParameter) -> None:
     """Write `s·(B·A − B₀·A₀)` as one product of twice the rank, which needs nothing taken out of the base."""
     method = part.method
     if not isinstance(method, LoRA) or RESIDUES[0] not in part.names:
@@ -229,18 +229,18 @@ def _without_residue(draft: Draft, part: Part) -> None:
     draft.state[part.names["lora_B"]] = torch.cat([b, -b0], dim=rank)
     alpha = method.scale * (sqrt(2 * method.rank) if method.rslora else 2 * method.rank)
     names = {local: name for local, name in part.names.items() if local not in RESIDUES}
-    plain = method.but(rank=2 * method.rank, alpha=alpha, initialization="kaiming")
+    plain = method.replace(rank=2 * method.rank, alpha=alpha, init="kaiming")
     draft.parts[part.name] = replace(part, method=plain, names=names)
 
 
-def _owner(draft: Draft, module_name: str) -> str:
+def _owner(draft: PeftWriter, module_name: str) -> str:
     """The module that PEFT wraps to adapt this one's weight."""
     above = module_name.rpartition(".")[0]
     inside = isinstance(draft.modules.get(above), nn.MultiheadAttention) and module_name.endswith(".out_proj")
     return above if inside and above else module_name
 
 
-def _is_by_module(draft: Draft, site: Site) -> bool:
+def _is_by_module(draft: PeftWriter, site: Site) -> bool:
     owner = draft.modules[_owner(draft, site.module_name)]
     if isinstance(owner, nn.MultiheadAttention) and owner.in_proj_weight is None:
         raise AdaptError(f"PEFT has no place for {site.name!r}: query, key and value of its attention differ in size")
@@ -248,7 +248,7 @@ def _is_by_module(draft: Draft, site: Site) -> bool:
 
 
 def _numbers(
-    draft: Draft, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
+    draft: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
 ) -> None:
     """Ranks, alphas and the rest; a module that PEFT adapts as one has one rank."""
     for name, method in methods.items():
@@ -269,7 +269,7 @@ def _numbers(
     draft.config["lora_alpha"] = draft.pattern("alpha_pattern", alphas)
 
 
-def _attention(draft: Draft, paths: Paths, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
+def _attention(draft: PeftWriter, paths: Paths, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
     """PEFT adapts both projections of an attention: one that was left out gets a change of zero."""
     for name, owner in owners.items():
         module = draft.modules[owner]
@@ -284,7 +284,7 @@ def _attention(draft: Draft, paths: Paths, owners: dict[str, str], methods: dict
                 draft.tensors[b.key] = zeros(site.parameter, rows, methods[name].rank)
 
 
-def _tied(draft: Draft, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
+def _tied(draft: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
     """PEFT writes a tied weight's factors for each of its places."""
     for name in [name for name in owners if len(draft.groups[name]) > 1]:
         if isinstance(methods[name], DoRA):
@@ -295,7 +295,7 @@ def _tied(draft: Draft, owners: dict[str, str], methods: dict[str, LoRA]) -> Non
         draft.config["ensure_weight_tying"] = True
 
 
-def _draft_biases(draft: Draft, paths: Paths, methods: dict[str, LoRA]) -> None:
+def _draft_biases(draft: PeftWriter, paths: Paths, methods: dict[str, LoRA]) -> None:
     """Changes of biases, where every adapted module has one and its scale is the module's."""
     if not draft.biases:
         return

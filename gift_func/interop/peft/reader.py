@@ -19,7 +19,7 @@ from ...strategy import Placement, Strategy
 from .keys import Entry, Paths
 
 
-class Plan:
+class PeftReader:
     """Takes tensors out of a file and puts them in their places, until none is left.
 
     Args:
@@ -198,7 +198,7 @@ class Plan:
 def redrawn(site: Site, method: Method) -> dict[str, Tensor]:
     """A method's initial tensors, the same every time."""
     with torch.no_grad():
-        return method.at(site).init(site, torch.Generator(site.parameter.device).manual_seed(0))
+        return method.for_site(site).init_tensors(site, torch.Generator(site.parameter.device).manual_seed(0))
 
 
 def with_dtype(method: Method, dtype: torch.dtype, tensors: dict[str, Tensor]) -> Method:
@@ -208,4 +208,4 @@ def with_dtype(method: Method, dtype: torch.dtype, tensors: dict[str, Tensor]) -
     if not holds or len(found) != 1 or found == {dtype}:
         return method
     changes: dict[str, Any] = {"dtype": found.pop()}
-    return method.but(**changes)
+    return method.replace(**changes)

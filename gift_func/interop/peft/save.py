@@ -16,7 +16,7 @@ from .formats import kind_of
 from .load import WEIGHTS
 from .lora import draft_lora
 from .table import KINDS
-from .writer import Draft
+from .writer import PeftWriter
 
 
 def save(
@@ -49,7 +49,7 @@ def save(
         >>> sorted(os.listdir(directory))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    draft = Draft(adapted)
+    draft = PeftWriter(adapted)
     kind = kind_of([part.method for part in adapted.parts], KINDS)
     if kind == "LORA":
         draft_lora(draft)

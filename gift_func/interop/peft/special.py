@@ -15,15 +15,15 @@ from ...methods.layout import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .formats import Kind
+from .formats import FileFormat
 from .keys import Entry, Paths, flipped
-from .reader import Plan
-from .writer import Draft, number, one
+from .reader import PeftReader
+from .writer import PeftWriter, number, one
 
 PROJECTIONS = ("vera_A", "vera_B")
 
 
-class IA3Kind(Kind):
+class IA3Kind(FileFormat):
     """IA3 names the modules whose input it scales; of the others it scales the bias along, as ours does by itself."""
 
     def settled(self, config: Config, name: str) -> Config:
@@ -31,7 +31,7 @@ class IA3Kind(Kind):
         inside = re.fullmatch(wanted, name) if isinstance(wanted, str) else any(name.endswith(end) for end in wanted)
         return {**config, "side": "input" if inside else "output"}
 
-    def beside(self, draft: Draft, paths: Paths, sites: Mapping[str, Site]) -> None:
+    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         sides = {site.module_name: draft.parts[name].method.side for name, site in sites.items()}  # type: ignore[attr-defined]
         inputs = sorted(name for name, side in sides.items() if side == "input")
         # PEFT wants them to be among the target_modules, letter by letter, and matches any end of a name.
@@ -47,10 +47,10 @@ class IA3Kind(Kind):
                 raise AdaptError(f"PEFT's IA3 scales {bias!r} along with the weight, and here it is adapted otherwise")
 
 
-class NormKind(Kind):
+class NormKind(FileFormat):
     """LN_TUNING holds whole modules."""
 
-    def place(self, plan: Plan, config: Config, path: str, name: str) -> None:
+    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
         module = plan.modules[name]
         for param_name, _ in module.named_parameters():
             owner, _, short = param_name.rpartition(".")
@@ -60,7 +60,7 @@ class NormKind(Kind):
             if f"{path}.ln_tuning_layers.{key}" in plan.left:
                 plan.state[f"{name}.{key}"] = plan.take(f"{path}.ln_tuning_layers.{key}")
 
-    def draft(self, draft: Draft) -> None:
+    def draft(self, draft: PeftWriter) -> None:
         names = {draft.site(name).module_name: None for name in draft.whole}
         paths = Paths(dict.fromkeys(names, 1))
         for name in names:
@@ -70,7 +70,7 @@ class NormKind(Kind):
         draft.lose_nothing(tuple(f"{name}." for name in names))
 
 
-class TokensKind(Kind):
+class TokensKind(FileFormat):
     """TRAINABLE_TOKENS finds the embedding itself, and lets a tied head follow."""
 
     @property
@@ -81,12 +81,12 @@ class TokensKind(Kind):
         config = super().read(given, ignore)
         return {**config, "modules_to_save": None, "target_modules": config["target_modules"] or ["embed_tokens"]}
 
-    def place(self, plan: Plan, config: Config, path: str, name: str) -> None:
+    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
         tied = bool(getattr(getattr(plan.base.structure.module, "config", None), "tie_word_embeddings", False))
         method = TrainableTokens(config["token_indices"])
         plan.place(plan.site(name, "weight"), method, self.entries(path, plan.site(name, "weight"), method), tied=tied)
 
-    def draft(self, draft: Draft) -> None:
+    def draft(self, draft: PeftWriter) -> None:
         tied = bool(getattr(getattr(draft.root, "config", None), "tie_word_embeddings", False))
         draft.parts, draft.tokens = draft.tokens, {}
         draft.tied = tied
@@ -96,10 +96,10 @@ class TokensKind(Kind):
         del draft.config["modules_to_save"]
 
 
-class VeRAKind(Kind):
+class VeRAKind(FileFormat):
     """VERA shares its projections among all places; a file may leave them to be drawn again."""
 
-    def plan(self, plan: Plan, given: Config, ignore: Collection[str]) -> None:
+    def plan(self, plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
         super().plan(plan, given, ignore)
         config = self.read(given, ignore)
         ranks = {tensor.shape[-1] for name, tensor in plan.state.items() if name.endswith("vera_lambda_d")}
@@ -115,7 +115,7 @@ class VeRAKind(Kind):
         if config["save_projection"]:
             shared = {name: plan.take(f"base_model.{name}") for name in PROJECTIONS}
         else:
-            shared = next(iter(rules)).common(every) if rules else {}
+            shared = next(iter(rules)).shared_tensors(every) if rules else {}
         for index, sites in enumerate(rules.values()):
             shapes = [matrix_of(site.parameter.shape, layout_of(site))[1:] for site in sites]
             rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
@@ -123,7 +123,7 @@ class VeRAKind(Kind):
                 own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]
                 plan.state[common_name(name, index)] = tensor if len(rules) == 1 else own
 
-    def beside(self, draft: Draft, paths: Paths, sites: Mapping[str, Site]) -> None:
+    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         for local in PROJECTIONS:
             found = [draft.state[name] for name in dict.fromkeys(draft.parts[site].names[local] for site in sites)]
             widest = max(found, key=Tensor.numel)
@@ -137,13 +137,13 @@ class VeRAKind(Kind):
             draft.tensors[f"base_model.{local}"] = widest
 
 
-class HiRAKind(Kind):
+class HiRAKind(FileFormat):
     """HIRA keeps the factors of an embedding transposed, as LORA does, and the tensors tell the rank.
 
     PEFT reads its rank_pattern and makes every place of rank r all the same.
     """
 
-    def place(self, plan: Plan, config: Config, path: str, name: str) -> None:
+    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
         found = plan.left.get(f"{path}.hira_A", plan.left.get(f"{path}.hira_embedding_A"))
         super().place(plan, config if found is None else {**config, "r": found.shape[0]}, path, name)
 
@@ -156,16 +156,16 @@ class HiRAKind(Kind):
         ]
 
 
-class AdaLoRAKind(Kind):
+class AdaLoRAKind(FileFormat):
     """ADALORA drops ranks while it trains: the tensors tell how many are left, and the scale stays that of init_r."""
 
-    def place(self, plan: Plan, config: Config, path: str, name: str) -> None:
+    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
         found = plan.left.get(f"{path}.lora_E")
         rank = config["init_r"] if found is None else found.shape[0]
         settled = {**config, "init_r": rank, "lora_alpha": config["lora_alpha"] * rank / max(config["init_r"], 1)}
         super().place(plan, settled, path, name)
 
-    def beside(self, draft: Draft, paths: Paths, sites: Mapping[str, Site]) -> None:
+    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         methods = {site.module_name: draft.parts[name].method for name, site in sites.items()}
         ranks = {name: method.rank for name, method in methods.items() if isinstance(method, AdaLoRA)}
         scales = [(method.alpha or method.rank) / method.rank for method in methods.values() if isinstance(method, AdaLoRA)]

@@ -23,7 +23,7 @@ from ...methods import (  # fmt: skip
     VeRA,
 )
 from .config import LORA, UNSUPPORTED, Config
-from .formats import LAYERS, Kind
+from .formats import LAYERS, FileFormat
 from .special import AdaLoRAKind, HiRAKind, IA3Kind, NormKind, TokensKind, VeRAKind
 from .writer import number
 
@@ -59,7 +59,7 @@ def _miss(config: Config) -> MiSS:
     return MiSS(config["r"], mode=mode, mini_rank=config["mini_r"], dropout=config["miss_dropout"])
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, FileFormat] = {
     "ADALORA": AdaLoRAKind(
         AdaLoRA,
         {**LORA, "beta1": 0.85, "beta2": 0.85, "deltaT": 1, "init_r": 12, "orth_reg_weight": 0.5, "rank_pattern": None,
@@ -69,7 +69,7 @@ KINDS: dict[str, Kind] = {
         hosts=(*TRANSPOSED, "Conv2d"),
         unsupported=(*UNSUPPORTED, "lora_bias", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora"),
     ),
-    "BOFT": Kind(
+    "BOFT": FileFormat(
         BOFT,
         {**TARGETS, "bias": "none", "boft_block_num": 0, "boft_block_size": 4, "boft_dropout": 0.0,
          "boft_n_butterfly_factor": 1, "fan_in_fan_out": False, "init_weights": True},
@@ -83,7 +83,7 @@ KINDS: dict[str, Kind] = {
         },
         hosts=PLANES,
     ),
-    "C3A": Kind(
+    "C3A": FileFormat(
         C3A,
         {**LAYERS, "bias": "none", "block_size": 256, "init_weights": "xavier_uniform"},
         lambda c: C3A(c["block_size"]),
@@ -91,7 +91,7 @@ KINDS: dict[str, Kind] = {
         patterns={"block_size": "block_size_pattern"},
         exact=True,
     ),
-    "FOURIERFT": Kind(
+    "FOURIERFT": FileFormat(
         FourierFT,
         {**TARGETS, "bias": "none", "fan_in_fan_out": False, "init_weights": False, "n_frequency": 1000,
          "random_loc_seed": 777, "scaling": 150.0},
@@ -110,7 +110,7 @@ KINDS: dict[str, Kind] = {
         lambda m: {"r": m.rank, "hira_dropout": m.dropout},
         hosts=(*TRANSPOSED, "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     ),
-    "HRA": Kind(
+    "HRA": FileFormat(
         HRA,
         {**TARGETS, "apply_GS": False, "bias": "none", "init_weights": True, "r": 8},
         lambda c: HRA(c["r"], apply_gs=c["apply_GS"]),
@@ -125,7 +125,7 @@ KINDS: dict[str, Kind] = {
         hosts=(*TRANSPOSED, "Conv2d", "Conv3d"),
     ),
     "LN_TUNING": NormKind(NormTuning, {"exclude_modules": None}, lambda c: NormTuning(), lambda m: {}),
-    "LOHA": Kind(
+    "LOHA": FileFormat(
         LoHa,
         {**TARGETS, "alpha": 8, "init_weights": True, "module_dropout": 0.0, "r": 8, "rank_dropout": 0.0,
          "use_effective_conv2d": False},
@@ -134,7 +134,7 @@ KINDS: dict[str, Kind] = {
         patterns=RANKS,
         hosts=("Linear", "Conv1d", "Conv2d"),
     ),
-    "LOKR": Kind(
+    "LOKR": FileFormat(
         LoKr,
         {**TARGETS, "alpha": 8, "decompose_both": False, "decompose_factor": -1, "init_weights": True, "module_dropout": 0.0,
          "r": 8, "rank_dropout": 0.0, "rank_dropout_scale": False, "use_effective_conv2d": False},
@@ -143,14 +143,14 @@ KINDS: dict[str, Kind] = {
         patterns=RANKS,
         hosts=("Linear", "Conv1d", "Conv2d"),
     ),
-    "MISS": Kind(
+    "MISS": FileFormat(
         MiSS,
         {**TARGETS, "bias": "none", "init_weights": True, "mini_r": 1, "miss_dropout": 0.0, "r": 64},
         _miss,
         lambda m: {"r": m.rank, "init_weights": True if m.mode == "default" else m.mode, "mini_r": m.mini_rank,
                    "miss_dropout": m.dropout},
     ),
-    "OFT": Kind(
+    "OFT": FileFormat(
         OFT,
         {**TARGETS, "bias": "none", "block_share": False, "coft": False, "eps": 6e-05, "fan_in_fan_out": False,
          "init_weights": True, "module_dropout": 0.0, "num_cayley_neumann_terms": 5, "oft_block_size": 32, "r": 0,
@@ -163,7 +163,7 @@ KINDS: dict[str, Kind] = {
         suffixes={"oft_R": "oft_R.weight", "oft_embedding_R": "oft_embedding_R.weight"},
         hosts=(*PLANES, "Embedding"),
     ),
-    "SHIRA": Kind(
+    "SHIRA": FileFormat(
         SHiRA,
         {"fan_in_fan_out": False, "init_weights": True, "mask_type": "random", "r": 32, "random_seed": None},
         lambda c: SHiRA(c["r"], random_seed=c["random_seed"]),

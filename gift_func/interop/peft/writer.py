@@ -13,7 +13,7 @@ from ...adapted_model import AdaptedModel
 from ...errors import AdaptError
 from ...methods import Diff, Full, TrainableTokens
 from ...methods.ia3 import ScaledBias
-from ...network.runner import Part
+from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
 from .keys import Entry, Paths
@@ -21,7 +21,7 @@ from .keys import Entry, Paths
 Value = TypeVar("Value", bound=Hashable)
 
 
-class Draft:
+class PeftWriter:
     """Collects the file's tensors and config.
 
     Attributes:
@@ -48,17 +48,17 @@ class Draft:
         self.state = adapted.adapter_state_dict()
         self.buffers = {name: buffer for name, _, _, buffer in body.structure.buffers()}
         self.changed = self.state.keys() - adapted.adapter.keys()
-        self.parts: dict[str, Part] = {}
-        self.biases: dict[str, Part] = {}
-        self.tokens: dict[str, Part] = {}
-        self.whole: dict[str, Part] = {}
+        self.parts: dict[str, AdaptedParameter] = {}
+        self.biases: dict[str, AdaptedParameter] = {}
+        self.tokens: dict[str, AdaptedParameter] = {}
+        self.whole: dict[str, AdaptedParameter] = {}
         self.tensors: dict[str, Tensor] = {}
         self.config: dict[str, Any] = {}
         self.tied = False
         for part in adapted.parts:
             if part.name not in self.groups:
                 raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no PEFT file can hold")
-            roles: list[tuple[type, dict[str, Part]]] = [
+            roles: list[tuple[type, dict[str, AdaptedParameter]]] = [
                 (Full, self.whole),
                 (Diff, self.biases),
                 (ScaledBias, self.biases),
@@ -88,7 +88,7 @@ class Draft:
         heads = all(isinstance(site.module, nn.Linear) for site in others)
         return bool(tied) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
 
-    def put(self, part: Part, entries: Iterable[Entry]) -> None:
+    def put(self, part: AdaptedParameter, entries: Iterable[Entry]) -> None:
         """Write the tensors of one part."""
         for entry in entries:
             self.tensors[entry.key] = entry.write(self.state[part.names[entry.local]])
