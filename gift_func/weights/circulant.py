@@ -46,6 +46,3 @@ class Circulant(OnBase):
         waves = torch.fft.rfft(x.to(kind).unflatten(-1, (columns // size, size)))
         met = torch.einsum("...nf,mnf->...mf", waves, torch.fft.rfft(self.kernel.to(kind)).conj())
         return add_scaled(self.base.linear(x, bias), torch.fft.irfft(met, n=size).flatten(-2), self.scale)
-
-    def eval(self) -> Weight:
-        return Circulant(self.base.eval(), self.kernel, self.scale)

@@ -61,6 +61,3 @@ class Fourier(OnBase):
             flat = flat.scatter_add(-1, place.expand(values.shape), torch.where(column < half, values, 0.0))
         change: Tensor = torch.fft.irfft2(flat.unflatten(-1, (rows, half)), s=(rows, columns))
         return change
-
-    def eval(self) -> Weight:
-        return Fourier(self.base.eval(), self.spectrum, self.indices, self.scale)

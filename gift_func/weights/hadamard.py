@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -75,11 +74,6 @@ class Hadamard(OnBase):
         if padding is not None:
             change = torch.where(padding.unsqueeze(-1), change.detach(), change)
         return add_scaled(self.base.choose(pick, padding), change, self.scale)
-
-    def eval(self) -> Weight:
-        made = copy.copy(self)
-        made.base, made.dropout = self.base.eval(), NO_DROPOUT
-        return made
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -85,13 +84,7 @@ class Kronecker(OnBase):
     def mT(self) -> Weight:
         if self._pair()[0].ndim != self.base.ndim:  # a kernel
             return super().mT
-        tensors = {f"lokr_{name}": t for name, t in self.__dict__.items() if isinstance(t, Tensor)}
-        return Kronecker(self.base.mT, tensors, self.scale, not self.transposed, self.dropout)
-
-    def eval(self) -> Weight:
-        made = copy.copy(self)
-        made.base, made.dropout = self.base.eval(), NO_DROPOUT
-        return made
+        return self.replace(base=self.base.mT, transposed=not self.transposed)
 
 
 def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:

@@ -114,6 +114,3 @@ class LowRank(OnBase):
             return super().__getitem__(index)
         right = self.right if self.base.ndim == 2 else self.right[index]
         return LowRank(self.base[index], self.left[index], right, self.scale, self.dropout)
-
-    def eval(self) -> Weight:
-        return LowRank(self.base.eval(), self.left, self.right, self.scale)

@@ -43,6 +43,3 @@ class LowRankFromStart(LowRank):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return LowRank(self.base, self.left, self.right, self.scale, self.dropout).linear(x, bias)
-
-    def eval(self) -> Weight:
-        return LowRankFromStart(self.base.eval(), (self._left, self._right), (self._left0, self._right0), self.scale)

@@ -107,15 +107,12 @@ class Magnitude(OnBase):
     def mT(self) -> Weight:
         if self.squares is None:
             return super().mT
-        return Magnitude(self.base.mT, self.magnitude, self.squares, -3 - self.over, self.detach_norm)
+        return self.replace(base=self.base.mT, over=-3 - self.over)
 
     def __getitem__(self, index: Index) -> Weight:
         if self.squares is None or (self.over == -2 and self.ndim == 2):  # a column's norm needs all rows
             return super().__getitem__(index)
-        return Magnitude(self.base[index], self.magnitude[index], self.squares[index], self.over, self.detach_norm)
-
-    def eval(self) -> Weight:
-        return Magnitude(self.base.eval(), self.magnitude, self.squares, self.over, self.detach_norm)
+        return self.replace(base=self.base[index], magnitude=self.magnitude[index], squares=self.squares[index])
 
 
 def _scaled(x: Tensor, gain: Tensor) -> Tensor:

@@ -50,6 +50,3 @@ class Mixing(OnBase):
         left = rearrange(self.left.flatten(1), "(g o) r -> g o r", g=groups).to(thin.dtype)
         change = (left @ thin.unflatten(-2, (groups, -1))).flatten(-3, -2).unflatten(-1, size)
         return add_scaled(self.base.convolve(x, conv, bias), change, self.scale)
-
-    def eval(self) -> Weight:
-        return Mixing(self.base.eval(), self.left, self.right, self.scale)

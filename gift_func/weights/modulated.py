@@ -61,6 +61,3 @@ class Modulated(OnBase):
     def __getitem__(self, index: Index) -> Weight:
         part = self.base[index]
         return Modulated(part) if isinstance(part, LowRank) else super().__getitem__(index)
-
-    def eval(self) -> Weight:
-        return Modulated(self.base.eval())

@@ -38,6 +38,3 @@ class Reshaped(Weight):
 
     def dense(self) -> Tensor:
         return self.weight.dense().reshape(self.size)
-
-    def eval(self) -> Weight:
-        return Reshaped(self.weight.eval(), self.size)

@@ -72,22 +72,14 @@ class Rotated(OnBase):
 
     @property
     def mT(self) -> Weight:
-        return self._with(self.base.mT, side="output" if self.side == "input" else "input", inverse=not self.inverse)
+        return self.replace(base=self.base.mT, side="output" if self.side == "input" else "input", inverse=not self.inverse)
 
     def __getitem__(self, index: Index) -> Weight:
         if self.ndim > 2:
             own = {name: item[index] for name, item in self.__dict__.items() if isinstance(item, Tensor)}
-            return self._with(self.base[index], **own)
+            return self.replace(base=self.base[index], **own)
         whole = self.side == "input" and isinstance(index, slice)
-        return self._with(self.base[index]) if whole else super().__getitem__(index)
-
-    def eval(self) -> Weight:
-        return self._with(self.base.eval())
-
-    def _with(self, base: Weight, **changes: object) -> Rotated:
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__, base=base, **changes)
-        return made
+        return self.replace(base=self.base[index]) if whole else super().__getitem__(index)
 
     def _turned(self, rows: Tensor, inverse: bool) -> Tensor:
         return self.turn(rows.unsqueeze(0), inverse).squeeze(0) if rows.ndim == 1 else self.turn(rows, inverse)
@@ -162,9 +154,6 @@ class Blocks(Rotated):
         if plain and isinstance(self.base, Dense) and fuses(x, self.base.tensor, bias, self.raw):
             return turned_linear(x, self.base.tensor, bias, self._blocks(self.inverse).squeeze(0), self.orthogonal)
         return super().linear(x, bias)
-
-    def eval(self) -> Weight:
-        return self._with(self.base.eval(), dropout=0.0)
 
 
 class HouseholderRotation(Rotated):

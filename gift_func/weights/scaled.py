@@ -66,6 +66,3 @@ class Scaled(OnBase):
     def __getitem__(self, index: Index) -> Weight:
         factor = self.factor if self.factor.shape[0] == 1 else self.factor[index]
         return Scaled(self.base[index], factor, self.side)
-
-    def eval(self) -> Weight:
-        return Scaled(self.base.eval(), self.factor, self.side, self.source)

@@ -79,7 +79,3 @@ class ScaledLowRank(LowRank):
         if rows is not None and y.dtype == change.dtype and not isinstance(self.scale, Tensor):
             return torch.addcmul(y, change, rows, value=self.scale)
         return add_scaled(y, change if rows is None else change * rows, self.scale)
-
-    def eval(self) -> Weight:
-        parts = self.outer, self.middle, self.inner
-        return ScaledLowRank(self.base.eval(), *parts, rows=self.rows, columns=self.columns, scale=self.scale)

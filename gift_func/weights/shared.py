@@ -66,40 +66,11 @@ class SharedShards(OnBase):
 
     def __getitem__(self, index: Index) -> Weight:
         if self.ndim > 2:
-            return SharedShards(self.base[index], self.block[index], self.dropout)
+            return self.replace(base=self.base[index], block=self.block[index])
         if not isinstance(index, slice):
             return super().__getitem__(index)
         whole = self.block.repeat(1, self.shape[0] // self.block.shape[1])
-        return SharedShards(self.base[index], whole[:, index], self.dropout)
-
-    @property
-    def mT(self) -> Weight:
-        return _Transposed(self)
-
-    def eval(self) -> Weight:
-        return SharedShards(self.base.eval(), self.block)
-
-
-class _Transposed(OnBase):
-    """The transpose of shared shards, which still knows their dropout."""
-
-    def __init__(self, base: SharedShards) -> None:
-        self.base = base
-
-    @property
-    def shape(self) -> torch.Size:
-        *lead, rows, columns = self.base.shape
-        return torch.Size([*lead, columns, rows])
-
-    def dense(self) -> Tensor:
-        return self.base.dense().mT
-
-    @property
-    def mT(self) -> Weight:
-        return self.base
-
-    def eval(self) -> Weight:
-        return self.base.eval().mT
+        return self.replace(base=self.base[index], block=whole[:, index])
 
 
 class BlockAffine(OnBase):
@@ -125,7 +96,4 @@ class BlockAffine(OnBase):
         return changed.to(weight.dtype)
 
     def __getitem__(self, index: Index) -> Weight:
-        return BlockAffine(self.base[index], self.block[index]) if self.ndim > 2 else super().__getitem__(index)
-
-    def eval(self) -> Weight:
-        return BlockAffine(self.base.eval(), self.block)
+        return self.replace(base=self.base[index], block=self.block[index]) if self.ndim > 2 else super().__getitem__(index)

@@ -34,9 +34,6 @@ class SparseDelta(OnBase):
         place = rows * (flat.shape[0] // self.shape[0]) + columns
         return flat.index_add(0, place, self.values.to(wide) * self.scale).to(self.base.dtype).view(self.shape)
 
-    def eval(self) -> Weight:
-        return SparseDelta(self.base.eval(), self.values, self.indices, self.scale)
-
 
 class Rows(OnBase):
     """W with some of its rows replaced.
@@ -69,6 +66,3 @@ class Rows(OnBase):
         if padding is not None:
             chosen = torch.where(padding.unsqueeze(-1), chosen.detach(), chosen)
         return torch.where((position >= 0).unsqueeze(-1), chosen, self.base.choose(pick, padding))
-
-    def eval(self) -> Weight:
-        return Rows(self.base.eval(), self.replacement, self.indices, self.positions)

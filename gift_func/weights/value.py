@@ -22,9 +22,9 @@ Index = Any
 class Weight(ABC):
     """A tensor-shaped value: the weight that stands in a parameter's place.
 
-    A subclass holds tensors and other weights as attributes, is never changed after it was made,
-    and defines `base`-independent truth in `dense()`. The other methods are ways to act that a
-    subclass may do better than by forming the matrix.
+    A subclass holds tensors and other weights as attributes, and is never changed after it was made.
+    `dense()` defines what it is; the other methods are operations on it, which a subclass may
+    compute faster than from the dense weight. An attribute called `dropout` acts in training only.
     """
 
     @property
@@ -90,6 +90,12 @@ class Weight(ABC):
         """The part of the weight that `index` names along its first dimension."""
         return Dense(self.dense()[index])
 
+    def replace(self, **changes: Any) -> Self:
+        """The same weight with some attributes changed."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same weight with `function` applied to every tensor it holds."""
         made = object.__new__(type(self))
@@ -116,8 +122,16 @@ class Weight(ABC):
         return self.map(torch.Tensor.detach)
 
     def eval(self) -> Weight:
-        """The weight as it acts outside training: without dropout."""
-        return self
+        """The weight as it acts outside training: the weights in it too, and without its `dropout`, if it has one."""
+        changes: dict[str, Any] = {}
+        for name, item in self.__dict__.items():
+            if isinstance(item, Weight):
+                inner = item.eval()
+                if inner is not item:
+                    changes[name] = inner
+            elif name == "dropout" and item:
+                changes[name] = type(item)()  # 0.0, or an OutputDropout that leaves nothing out
+        return self.replace(**changes) if changes else self
 
     @property
     def needs_input(self) -> bool:
@@ -183,11 +197,12 @@ class Transposed(Weight):
         return self.weight.dense().mT
 
     @property
+    def needs_input(self) -> bool:
+        return self.weight.needs_input
+
+    @property
     def mT(self) -> Weight:
         return self.weight
-
-    def eval(self) -> Weight:
-        return Transposed(self.weight.eval())
 
 
 class OnBase(Weight):
@@ -225,13 +240,10 @@ class Delta(OnBase):
 
     @property
     def mT(self) -> Weight:
-        return Delta(self.base.mT, self.delta.mT, self.scale)
-
-    def eval(self) -> Weight:
-        return Delta(self.base.eval(), self.delta, self.scale)
+        return self.replace(base=self.base.mT, delta=self.delta.mT)
 
     def __getitem__(self, index: Index) -> Weight:
-        return Delta(self.base[index], self.delta[index], self.scale)
+        return self.replace(base=self.base[index], delta=self.delta[index])
 
 
 def as_weight(value: Weight | Tensor) -> Weight:
