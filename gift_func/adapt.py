@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_model import AdaptedModel, filled
-from .gift_protocol import Rules, caps_of, is_protocol, operate, seeded
+from .gift_protocol import Rules, caps_of, is_protocol, operate
 from .initialise import Initial, Shapes, parts_of
 from .methods import Full, Method, ModuleMethod
 from .network.frozen_base import BaseView, FrozenBase, as_tensor
 from .network.module_tree import ModuleTree, clone
 from .network.runner import AdaptedParameter
+from .seeding import seeded
 from .strategy import Placement, Strategy
 
 

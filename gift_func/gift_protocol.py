@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from .errors import AdaptError
 from .methods import Method
 from .network.frozen_base import FrozenBase
 from .network.module_tree import ModuleTree, clone, join
+from .seeding import seeded
 from .select import Selector, Site
 from .strategy import Placement, Strategy
 
@@ -303,21 +303,6 @@ def _census(root: nn.Module) -> list[object]:
 
 def _parameters(body: ModuleTree) -> dict[str, nn.Parameter]:
     return {name: body.tensor(name) for name in body.places}
-
-
-@contextmanager
-def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """With a generator, new modules draw from a state seeded by it, and the global random state stays as it was."""
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
 
 
 def _iterable(strategy: object) -> bool:

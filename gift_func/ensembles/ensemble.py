@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..adapted_model import AdaptedModel
 from ..adapter_dict import AdapterDict
 from ..errors import AdaptError
-from ..gift_protocol import seeded
 from ..network.frozen_base import BaseView, FrozenBase
 from ..network.module_tree import Buffers, ModuleTree, clone, copied, named
 from ..network.runner import Runner
 from ..printing import tree
+from ..seeding import seeded
 from ..stack_layout import StackLayout
 from .mixed_batch import Members
 from .vmap_or_loop import CannotBatchError, Member, batched, one_by_one, without_rule

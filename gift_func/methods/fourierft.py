@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..seeding import sample
 from ..select import Site
 from ..weights import Fourier, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
@@ -79,12 +80,7 @@ class FourierFT(MatrixMethod):
         spectrum = torch.zeros(*lead, n, dtype=parameter.dtype, device=parameter.device)
         if self.init == "normal":
             spectrum.normal_(generator=generator)
-        if parameter.is_meta:
-            places = torch.empty(n, dtype=torch.long, device="meta")
-        else:
-            seeded = generator if self.random_loc_seed is None else torch.Generator().manual_seed(self.random_loc_seed)
-            device = None if seeded is None else seeded.device
-            places = torch.randperm(rows * columns, generator=seeded, device=device)[:n].to(parameter.device)
+        places = sample(rows * columns, n, seed=self.random_loc_seed, generator=generator, device=parameter.device)
         return {"fourierft_spectrum": spectrum, "fourierft_indices": torch.stack([places // columns, places % columns])}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

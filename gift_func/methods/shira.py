@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..seeding import sample
 from ..select import Site
 from ..weights import SparseDelta, Weight
 from .matrix import MatrixMethod
@@ -68,13 +69,9 @@ class SHiRA(MatrixMethod):
         rows, columns = _matrix(parameter.shape)
         count = self.rank * (rows + columns)
         values = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
-        if parameter.is_meta:
-            return {"shira_weight": values, "shira_indices": torch.empty(2, count, dtype=torch.int32, device="meta")}
-        if self.random_seed is not None:
-            generator = torch.Generator().manual_seed(self.random_seed)
-        device = "cpu" if generator is None else generator.device
-        chosen = torch.randperm(rows * columns, generator=generator, device=device)[:count].sort().values
-        indices = torch.stack([chosen // columns, chosen % columns]).to(parameter.device, torch.int32)
+        places = sample(rows * columns, count, seed=self.random_seed, generator=generator, device=parameter.device)
+        places = places.sort().values
+        indices = torch.stack([places // columns, places % columns]).to(torch.int32)
         return {"shira_weight": values, "shira_indices": indices}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
