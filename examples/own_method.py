@@ -20,7 +20,7 @@ from gift_func.weights import OnBase, Weight
 
 
 @dataclass(frozen=True)
-class ScaleAndNudge(gf.Method):
+class ScaleAndNudge(gf.WeightMethod):
     """`W' = diag(1 + g)·W + u·vᵀ` for a matrix W, `(out, in)`; g and u start at zero."""
 
     spread: float = 0.02

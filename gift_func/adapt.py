@@ -16,7 +16,7 @@ from .network.frozen_base import BaseView, FrozenBase, as_tensor
 from .network.module_tree import ModuleTree, clone
 from .network.runner import AdaptedParameter
 from .seeding import seeded
-from .strategy import Placement, Strategy
+from .strategy import ModulePlacement, Strategy
 
 
 def adapt(
@@ -100,9 +100,8 @@ def _plan(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Init
     base = base_of(model)
     if rules is not None:
         plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
-        found = rules.place(base, plain)
-        body, fresh = _grafted(base, found, initial.generator)
-        placements = [placement for placement in found if not isinstance(placement.method, ModuleMethod)]
+        placements, added = rules.place(base, plain)
+        body, fresh = _with_added(base, added, initial.generator)
     else:
         operation = operate(base, caps_of(strategy), initial.generator)
         body, fresh, placements = operation.body, operation.fresh, operation.placements
@@ -136,17 +135,16 @@ def _frozen(adapted: AdaptedModel) -> FrozenBase:
     return FrozenBase(structure, trainable)
 
 
-def _grafted(
-    base: FrozenBase, placements: Sequence[Placement], generator: torch.Generator | None
+def _with_added(
+    base: FrozenBase, added: Sequence[ModulePlacement], generator: torch.Generator | None
 ) -> tuple[ModuleTree | None, dict[str, nn.Parameter]]:
-    """A body with the modules that placements add, if they do, and those modules' parameters."""
-    grafts = [(placement.name, placement.method) for placement in placements if isinstance(placement.method, ModuleMethod)]
-    if not grafts:
+    """A copy of the network with modules added to it, and their parameters by name; none where nothing is to be added."""
+    if not added:
         return None, {}
     body = base.structure.copy(clone)
     known = {id(body.tensor(name)) for name in body.places}
     with seeded(generator):
-        for name, method in grafts:
-            method.graft(body.modules[name])
+        for placement in added:
+            placement.method.add_to(body.modules[placement.name])
     body = ModuleTree(body.module)
     return body, {name: body.tensor(name) for name in body.places if id(body.tensor(name)) not in known}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import AdaptError
-from .methods import Method
+from .methods import Method, WeightMethod
 from .network.frozen_base import FrozenBase
 from .network.module_tree import ModuleTree, clone, join
 from .seeding import seeded
@@ -227,35 +227,46 @@ class _Walk:
                 raise AdaptError(
                     f"an action gave a method for {unknown[0]!r} of {where}, which has {', '.join(sites) or 'none'}"
                 )
-            chosen = [(sites[name], method) for name, method in outcome.items()]
+            chosen = [(sites[name], _weight_method(method, where)) for name, method in outcome.items()]
             for site, method in chosen:
                 reason = method.why_not(site)
                 if reason is not None:
                     raise AdaptError(f"{method} cannot adapt {site.name!r}: it needs {reason}")
         else:
-            usual = [site for site in sites.values() if outcome.is_default_site(site)]
-            chosen = [(site, outcome) for site in usual or [s for s in sites.values() if not outcome.why_not(s)]]
-            overlooked = outcome.computed_weight_name(module)
-            if not usual and overlooked is not None:
+            method = _weight_method(outcome, where)
+            usual = [site for site in sites.values() if method.is_default_site(site)]
+            chosen = [(site, method) for site in usual or [s for s in sites.values() if not method.why_not(s)]]
+            computed = method.computed_weight_name(module)
+            if not usual and computed is not None:
                 raise AdaptError(
-                    f"{overlooked} of {where}, is computed from other parameters (a parametrization), so {outcome} has no "
+                    f"{computed} of {where}, is computed from other parameters (a parametrization), so {method} has no "
                     "parameter to adapt. Remove the parametrization from a copy of the model, or leave the module out."
                 )
             if sites and not chosen:
-                raise AdaptError(f"{outcome} cannot adapt any parameter of {where}")
+                raise AdaptError(f"{method} cannot adapt any parameter of {where}")
         for site, method in chosen:
             lead = self._add(site, method)
             for param_name, companion in method.for_site(site).companions(site).items():
                 if lead and param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
                     self._add(sites[param_name], companion, lead)
 
-    def _add(self, site: Site, method: Method, lead: Placement | None = None) -> Placement | None:
+    def _add(self, site: Site, method: WeightMethod, lead: Placement | None = None) -> Placement | None:
         name = self._canonical[site.name]
         if name in self._taken:  # a tied parameter is adapted once
             return None
         self._taken.add(name)
         self.placements.append(Placement(name, site, method.for_site(site), method, lead))
         return self.placements[-1]
+
+
+def _weight_method(method: object, where: str) -> WeightMethod:
+    """The method that an action returned, if it is one that adapts parameters."""
+    if not isinstance(method, WeightMethod):
+        raise AdaptError(
+            f"an action returned {method} for {where}, which adapts no parameter. A method that adds a module is the right "
+            "side of a rule with a pattern, as in gf.adapt(model, {'blocks.*': gf.Bottleneck()})"
+        )
+    return method
 
 
 def _check_placements(placements: Iterable[Placement], body: ModuleTree, fresh: Mapping[str, nn.Parameter]) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import AdaptError
-from .methods import Method
-from .methods.method import is_by_shape
+from .methods import WeightMethod
+from .methods.weight_method import is_by_shape
 from .network.runner import AdaptedParameter
 from .select import Site
 from .strategy import Placement
@@ -48,18 +48,18 @@ class Initial:
             return {name: _like(tensor) for name, tensor in self.bare(placement.method, site).items()}
         return placement.method.init_tensors(self.site(site), self.generator)
 
-    def bare(self, method: Method, site: Site) -> dict[str, Tensor]:
+    def bare(self, method: WeightMethod, site: Site) -> dict[str, Tensor]:
         """The method's tensors without values, by its names; not to be kept, for other places may have the same."""
         if not is_by_shape(method):
             return self._init_bare(method, site)
-        options = (getattr(method, item.name) for item in fields(cast(Any, method)))
+        options = (getattr(method, item.name) for item in fields(method))
         key = type(method), *options, site.parameter.shape, site.parameter.dtype
         found = self._bare.get(key)
         if found is None:
             found = self._bare[key] = self._init_bare(method, site)
         return found
 
-    def _init_bare(self, method: Method, site: Site) -> dict[str, Tensor]:
+    def _init_bare(self, method: WeightMethod, site: Site) -> dict[str, Tensor]:
         site = self.site(site)
         with Unfilled() if site.parameter.is_meta else nullcontext():
             return method.init_tensors(site, self.generator)
@@ -67,7 +67,7 @@ class Initial:
     def common(self, group: Sequence[Placement]) -> dict[str, Tensor]:
         """The tensors that all placements of one rule share."""
         rule = group[0].rule
-        if type(rule).shared_tensors is Method.shared_tensors:
+        if type(rule).shared_tensors is WeightMethod.shared_tensors:
             return {}
         return rule.shared_tensors([self.site(placement.site) for placement in group], self.generator)
 

@@ -9,7 +9,6 @@ import torch
 from ..adapt import adapt
 from ..gift_protocol import is_protocol
 from ..initialise import Initial, parts_of
-from ..methods import ModuleMethod
 from ..network.frozen_base import FrozenBase
 from ..strategy import Strategy
 from .entry import Adapter
@@ -24,8 +23,8 @@ def fresh(base: FrozenBase, strategy: Any, generator: torch.Generator | None) ->
     if is_protocol(strategy):
         return Adapter.of(adapt(base, strategy, generator=generator))
     rules = Strategy.of(strategy)
-    placements = rules.place(base)
-    if any(isinstance(placement.method, ModuleMethod) for placement in placements):
+    placements, added = rules.place(base)
+    if added:
         return Adapter.of(adapt(base, rules, generator=generator))
     parts, tensors = parts_of(placements, Initial(generator), ())
     return Adapter(base, tuple(parts), rules, tensors, {}, None)

@@ -13,7 +13,7 @@ from ..seeding import sample
 from ..select import Site
 from ..weights import Fourier, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_choice, check_whole
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class FourierFT(MatrixMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "n_frequency")
-        check_choice("init", self.init, ("normal", "zeros"))
 
     @property
     def starts_as_base(self) -> bool:

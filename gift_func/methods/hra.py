@@ -13,7 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import HouseholderRotation, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_whole
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HRA(MatrixMethod):
     view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
+        super().__post_init__()
         check_whole(self, "rank")
 
     @property

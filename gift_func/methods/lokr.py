@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import isqrt, prod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .settings import FrozenMap, check_choice, check_dropout, check_whole
-
-Init = Literal["kaiming", "lycoris", "random"]
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class LoKr(LowRankMethod):
     rank_dropout: float = 0.0
     rank_dropout_scale: bool = False
     module_dropout: float = 0.0
-    init: Init = "kaiming"
+    init: Literal["kaiming", "lycoris", "random"] = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
@@ -87,10 +85,8 @@ class LoKr(LowRankMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "rank")
-        check_dropout(self)
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
-        check_choice("init", self.init, get_args(Init))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         lead, _, _ = matrix_of(site.parameter.shape, self.layout)

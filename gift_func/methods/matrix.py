@@ -11,7 +11,8 @@ from torch import nn
 
 from ..select import Site
 from ..weights import Reshaped, Weight
-from .method import Method, is_a, is_computed
+from .method import is_a
+from .weight_method import WeightMethod, is_computed
 
 View = Literal["matrix", "transposed", "kernel"]
 
@@ -21,7 +22,7 @@ PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 TWO_FACTORS = "a parameter of at least 2 dimensions, to be written as a product of two factors"
 
 
-class MatrixMethod(Method):
+class MatrixMethod(WeightMethod):
     """A method for whatever can be seen as a matrix.
 
     Its usual sites are the weights of Linear, Conv1d, Conv2d, Conv3d, transformers' Conv1D and nn.MultiheadAttention.

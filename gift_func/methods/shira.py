@@ -14,7 +14,7 @@ from ..seeding import sample
 from ..select import Site
 from ..weights import SparseDelta, Weight
 from .matrix import MatrixMethod
-from .settings import check_whole
+from .options import check_whole
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class SHiRA(MatrixMethod):
     random_seed: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
 
     def why_not(self, site: Site) -> str | None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Rows, Weight
-from .method import Method
+from .weight_method import WeightMethod
 
 
 @dataclass(frozen=True, init=False)
-class TrainableTokens(Method):
+class TrainableTokens(WeightMethod):
     """`W'[t_i] = θ_i` for the chosen tokens t, the other rows of W as they are.
 
     For new or special tokens: only their rows are held, trained and saved. The rows are replaced and not added to, so an

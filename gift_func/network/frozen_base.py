@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseChangedWarning, outside
-from ..methods import Method
+from ..methods import WeightMethod
 from ..select import Site
 from ..weights import Dense, Slot, Weight
 from .copy_tree import paths, walk
@@ -50,7 +50,7 @@ class FrozenBase:
         ]
         self._versions = self._read_versions()
         self.epoch = 0
-        self._derived: dict[tuple[str, Method], dict[str, Tensor]] = {}
+        self._derived: dict[tuple[str, WeightMethod], dict[str, Tensor]] = {}
         self._fingerprint: dict[str, str] | None = None
         # What the strategy that was read last makes of this base: its parts, and tensors of their shapes.
         self.plans: dict[Any, tuple[list[Any], dict[str, nn.Parameter]]] = {}
@@ -101,9 +101,9 @@ class FrozenBase:
             groups.append(group)
         return groups
 
-    def derived(self, name: str, method: Method) -> dict[str, Tensor]:
+    def derived(self, name: str, method: WeightMethod) -> dict[str, Tensor]:
         """What a method computes from a weight alone, computed once and kept with the base."""
-        if type(method).precompute is Method.precompute:
+        if type(method).precompute is WeightMethod.precompute:
             return {}
         with self._lock:
             found = self._derived.get((name, method))

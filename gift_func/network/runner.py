@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import Method
+from ..methods import WeightMethod
 from ..weights import Dense, Slot, Weight
 from ..weights.call import Call, calling
 from .copy_pool import PrivateCopy
@@ -34,7 +34,7 @@ class AdaptedParameter:
     """
 
     name: str
-    method: Method
+    method: WeightMethod
     names: dict[str, str]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
-from ...methods import DoRA, LoHa, LoKr, LoRA, Method
+from ...methods import DoRA, LoHa, LoKr, LoRA, WeightMethod
 from ...select import Site
 from .methods import Decomposed, GivenLoKr, Side
 from .module_tensors import ModuleTensors, Tensors
@@ -18,7 +18,7 @@ LORA = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def read_lora(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def read_lora(found: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     """`up·down`; of a Tucker core between them and `down` one kernel is made, which is the same change."""
     down, up = found.matrix("lora_down.weight"), found.matrix("lora_up.weight")
     rank = down.shape[0]
@@ -35,7 +35,7 @@ def read_lora(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return decomposed(found, site, LoRA(rank, alpha=alpha), tensors)
 
 
-def write_lora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_lora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The factors as they are, and alpha as plain readers need it: s·rank."""
     assert isinstance(method, LoRA)
     if method.init.startswith(("pissa", "olora")):
@@ -45,13 +45,13 @@ def write_lora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return {name: tensors[local] for local, name in LORA.items()} | alpha_of(method.scale, method.rank, tensors)
 
 
-def write_dora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_dora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The same, and one magnitude for each output."""
     magnitude = tensors[MAGNITUDE].reshape(-1, *[1] * (site.parameter.ndim - 1))
     return write_lora(method, tensors, site, base) | {"dora_scale": magnitude}
 
 
-def read_loha(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def read_loha(found: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     """Four factors, or six where Tucker cores are among them."""
     names = [f"hada_w{i}_{part}" for i in (1, 2) for part in ("a", "b")]
     names += [name for name in ("hada_t1", "hada_t2") if "hada_t1" in found.left or "hada_t2" in found.left]
@@ -61,14 +61,14 @@ def read_loha(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return decomposed(found, site, method, tensors)
 
 
-def write_loha(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_loha(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """Ours are called as theirs."""
     assert isinstance(method, LoHa)
     named = {name: core_of(tensor, site) if "_t" in name else tensor for name, tensor in tensors.items()}
     return named | alpha_of(method.scale, method.rank, tensors)
 
 
-def read_lokr(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def read_lokr(found: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     """C and D, each whole or as factors; where both are whole there is no scale, whatever alpha says."""
     c = ["lokr_w1"] if "lokr_w1" in found.left else ["lokr_w1_a", "lokr_w1_b"]
     d = ["lokr_w2"] if "lokr_w2" in found.left else ["lokr_w2_a", "lokr_w2_b"]
@@ -88,7 +88,7 @@ def read_lokr(found: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return decomposed(found, site, method or GivenLoKr(rank, **options, first=first, full=whole_d), tensors)
 
 
-def write_lokr(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_lokr(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """Ours are called as theirs; a scale has no place beside two whole factors and goes into the first."""
     assert isinstance(method, LoKr)
     named = {name: core_of(tensor, site) if name == "lokr_t2" else tensor for name, tensor in tensors.items()}
@@ -99,7 +99,7 @@ def write_lokr(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return named | alpha_of(scale, method.rank, tensors)
 
 
-def write_decomposed(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_decomposed(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """What is decomposed, and the magnitudes."""
     assert isinstance(method, Decomposed)
     of = method.of
@@ -108,7 +108,7 @@ def write_decomposed(method: Method, tensors: Tensors, site: Site, base: Tensor)
     return writers[type(of)](of, own, site, base) | {"dora_scale": tensors["dora_scale"]}
 
 
-def decomposed(found: ModuleTensors, site: Site, method: Method, tensors: Tensors) -> tuple[Method, Tensors]:
+def decomposed(found: ModuleTensors, site: Site, method: WeightMethod, tensors: Tensors) -> tuple[WeightMethod, Tensors]:
     """The method, or where the file has magnitudes what it is decomposed."""
     if "dora_scale" not in found.left:
         return method, tensors
@@ -132,7 +132,7 @@ def side_of(found: ModuleTensors, site: Site) -> Side:
     )
 
 
-def fits(method: Method, site: Site, tensors: Tensors) -> bool:
+def fits(method: WeightMethod, site: Site, tensors: Tensors) -> bool:
     """Whether the method's tensors at the site have as many elements, under the same names."""
     if method.why_not(site) is not None:
         return False

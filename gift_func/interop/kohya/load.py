@@ -14,7 +14,7 @@ from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
 from ...initialise import Shapes
-from ...methods import Diff, LoHa, LoKr, LoRA, Method
+from ...methods import Diff, LoHa, LoKr, LoRA, WeightMethod
 from ...network.frozen_base import BaseView, FrozenBase
 from ...select import Regex, Site
 from ...strategy import Placement, Strategy
@@ -105,7 +105,7 @@ class KohyaReader:
     def __init__(self, base: FrozenBase) -> None:
         self.groups = {site.name: group for group in base.sites() for site in group}
         self.state: Tensors = {}
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, WeightMethod] = {}
 
     def read(self, found: ModuleTensors, module_name: str) -> None:
         """Find a place for all that a file holds for one module.
@@ -146,7 +146,7 @@ class KohyaReader:
             )
         return site
 
-    def place(self, site: Site, method: Method, tensors: Tensors, found: ModuleTensors) -> None:
+    def place(self, site: Site, method: WeightMethod, tensors: Tensors, found: ModuleTensors) -> None:
         """Adapt a parameter by tensors of the file.
 
         Raises:
@@ -173,13 +173,13 @@ class KohyaReader:
 
     def strategy(self) -> Strategy:
         """The rules that lead to these places."""
-        names: dict[Method, list[str]] = {}
+        names: dict[WeightMethod, list[str]] = {}
         for name, method in self.methods.items():
             names.setdefault(method, []).append(re.escape(name))
         return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
 
 
-def held(method: Method, dtype: torch.dtype, tensors: Tensors) -> Method:
+def held(method: WeightMethod, dtype: torch.dtype, tensors: Tensors) -> WeightMethod:
     """The method, holding its tensors in the widest of the file's element types if it can and the parameter's is another."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     if isinstance(method, Decomposed):

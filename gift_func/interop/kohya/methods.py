@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError
-from ...methods import IA3, LoHa, LoKr, LoRA, Method
-from ...methods.settings import check_choice
+from ...methods import IA3, LoHa, LoKr, LoRA, Method, WeightMethod
 from ...select import Site
 from ...weights import Dense, OnBase, Weight
 
@@ -51,7 +50,7 @@ class Stretched(OnBase):
 
 
 @dataclass(frozen=True)
-class Decomposed(Method):
+class Decomposed(WeightMethod):
     """`W' = m ⊙ V/‖V‖` for the V that another method makes of W: what DoRA is to LoRA, for LoHa and LoKr as well.
 
     m starts at ‖V‖, and the gradient flows through the norm, as in LyCORIS (`dora_wd`), which adds a machine epsilon to
@@ -78,7 +77,7 @@ class Decomposed(Method):
         LyCORIS, 2023 (arXiv:2309.14859).
     """
 
-    of: Method
+    of: WeightMethod
     _: KW_ONLY
     side: Side = "output"
 
@@ -86,7 +85,6 @@ class Decomposed(Method):
         super().__post_init__()
         if isinstance(self.of, Mapping):
             object.__setattr__(self, "of", Method.from_dict(self.of))
-        check_choice("side", self.side, ("output", "input"))
         of = self.of
         if not isinstance(of, (LoRA, LoHa, LoKr)) or type(of) not in (LoRA, LoHa, LoKr, GivenLoKr):
             raise AdaptError(f"Decomposed is of a LoRA, LoHa or LoKr, got of={of}")
@@ -143,7 +141,7 @@ class WeightIA3(IA3):
         ['ia3_l']
     """
 
-    def companions(self, site: Site) -> dict[str, Method]:
+    def companions(self, site: Site) -> dict[str, WeightMethod]:
         return {}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, nearest
-from ...methods import Method
+from ...methods import WeightMethod
 from ...select import Site
 
 Tensors = dict[str, Tensor]
@@ -67,10 +67,10 @@ class ModuleTensors:
         return None if alpha in (0.0, rank) else alpha
 
 
-Reader = Callable[[ModuleTensors, Site], tuple[Method, Tensors]]
+Reader = Callable[[ModuleTensors, Site], tuple[WeightMethod, Tensors]]
 """Takes a weight's change from a file: the method it stands for, and that one's tensors."""
 
-Writer = Callable[[Method, Tensors, Site, Tensor], Tensors]
+Writer = Callable[[WeightMethod, Tensors, Site, Tensor], Tensors]
 """Gives a method's tensors as a file has them; the last argument is the base's own weight."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError
 from ...files import unshared, write_whole
-from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
+from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, WeightMethod
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
 from ...network.runner import AdaptedParameter
@@ -150,7 +150,7 @@ def _site(part: AdaptedParameter, groups: Mapping[str, list[Site]]) -> Site:
     return group[0]
 
 
-def _writer(method: Method, site: Site) -> Any:
+def _writer(method: WeightMethod, site: Site) -> Any:
     if type(method) not in WRITERS:
         if isinstance(method, ScaledBias):
             raise AdaptError(

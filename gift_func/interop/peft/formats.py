@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ...errors import AdaptError, FileError
-from ...methods import Diff, Full, LoRA, Method, TrainableTokens
+from ...methods import Diff, Full, LoRA, TrainableTokens, WeightMethod
 from ...methods.ia3 import ScaledBias
 from ...methods.matrix import HF_CONV1D
 from ...methods.method import is_a
-from ...methods.settings import first_match
+from ...methods.options import first_match
 from ...select import Site
 from . import config as configs
 from .config import Config
@@ -44,9 +44,9 @@ class FileFormat:
         unsupported: keys that change what the tensors do, and that nothing here does.
     """
 
-    method: type[Method]
+    method: type[WeightMethod]
     keys: Config
-    make: Callable[[Config], Method]
+    make: Callable[[Config], WeightMethod]
     tell: Callable[[Any], Config]
     suffixes: Mapping[str, str] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class FileFormat:
         hosted = isinstance(module, known) or ("Conv1D" in self.hosts and is_a(module, HF_CONV1D))
         return hosted and module._parameters.get("weight") is not None
 
-    def entries(self, path: str, site: Site, method: Method) -> list[Entry]:
+    def entries(self, path: str, site: Site, method: WeightMethod) -> list[Entry]:
         """The tensors of a module's weight, in the file and here."""
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         try:
@@ -175,7 +175,7 @@ class FileFormat:
         """What more a method writes."""
 
 
-def kind_of(methods: Sequence[Method], kinds: Mapping[str, FileFormat]) -> str:
+def kind_of(methods: Sequence[WeightMethod], kinds: Mapping[str, FileFormat]) -> str:
     """The `peft_type` of an adapter with these methods.
 
     Raises:

@@ -14,7 +14,7 @@ from ...errors import AdaptError, FileError
 from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
-from ...methods.settings import first_match
+from ...methods.options import first_match
 from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs

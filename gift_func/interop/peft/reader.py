@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, nearest
-from ...methods import Full, Method
+from ...methods import Full, WeightMethod
 from ...network.frozen_base import FrozenBase
 from ...network.module_tree import join
 from ...select import Regex, Site
@@ -33,7 +33,7 @@ class PeftReader:
         self.groups = {site.name: group for group in base.sites() for site in group}
         self.left = dict(tensors)
         self.state: dict[str, Tensor] = {}
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, WeightMethod] = {}
 
     def site(self, module_name: str, param_name: str) -> Site:
         """The site of a module's parameter."""
@@ -50,7 +50,7 @@ class PeftReader:
             raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.left)}")
         return self.left.pop(key)
 
-    def place(self, site: Site, method: Method, entries: Sequence[Entry], tied: bool = False) -> None:
+    def place(self, site: Site, method: WeightMethod, entries: Sequence[Entry], tied: bool = False) -> None:
         """Adapt a parameter by tensors of the file.
 
         Args:
@@ -96,7 +96,7 @@ class PeftReader:
             if found.shape != first.shape or not torch.equal(found, first):
                 raise FileError(f"{entry.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
 
-    def draw(self, site: Site, method: Method, names: Collection[str]) -> None:
+    def draw(self, site: Site, method: WeightMethod, names: Collection[str]) -> None:
         """Draw what follows from the method and the base alone, and so is in no file.
 
         Args:
@@ -189,22 +189,22 @@ class PeftReader:
 
     def strategy(self) -> Strategy:
         """The rules that lead to these places."""
-        names: dict[Method, list[str]] = {}
+        names: dict[WeightMethod, list[str]] = {}
         for name, method in self.methods.items():
             names.setdefault(method, []).append(re.escape(name))
         return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
 
 
-def redrawn(site: Site, method: Method) -> dict[str, Tensor]:
+def redrawn(site: Site, method: WeightMethod) -> dict[str, Tensor]:
     """A method's initial tensors, the same every time."""
     with torch.no_grad():
         return method.for_site(site).init_tensors(site, torch.Generator(site.parameter.device).manual_seed(0))
 
 
-def with_dtype(method: Method, dtype: torch.dtype, tensors: dict[str, Tensor]) -> Method:
+def with_dtype(method: WeightMethod, dtype: torch.dtype, tensors: dict[str, Tensor]) -> WeightMethod:
     """The method, holding its tensors in the file's element type if it can and the parameter's is another."""
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    holds = any(field.name == "dtype" for field in fields(method))  # type: ignore[arg-type]
+    holds = any(field.name == "dtype" for field in fields(method))
     if not holds or len(found) != 1 or found == {dtype}:
         return method
     changes: dict[str, Any] = {"dtype": found.pop()}

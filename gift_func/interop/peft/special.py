@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
 from ...initialise import common_name
-from ...methods import AdaLoRA, Method, NormTuning, TrainableTokens, VeRA
+from ...methods import AdaLoRA, NormTuning, TrainableTokens, VeRA, WeightMethod
 from ...methods.layout import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
@@ -147,7 +147,7 @@ class HiRAKind(FileFormat):
         found = plan.left.get(f"{path}.hira_A", plan.left.get(f"{path}.hira_embedding_A"))
         super().place(plan, config if found is None else {**config, "r": found.shape[0]}, path, name)
 
-    def entries(self, path: str, site: Site, method: Method) -> list[Entry]:
+    def entries(self, path: str, site: Site, method: WeightMethod) -> list[Entry]:
         if not isinstance(site.module, nn.Embedding):
             return super().entries(path, site, method)
         return [
