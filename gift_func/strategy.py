@@ -1,4 +1,4 @@
-"""Strategies: ordered rules, each a selector and a method, and what they make of a model."""
+"""Strategies: ordered rules, each a selector and a method, and which parameters of a model they take."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Placement:
         name: the parameter's dotted name.
         site: where the parameter was found; another place of it, where it is tied.
         method: the method as it applies to the site.
-        rule: the method as it stands in the rule; placements of one rule share tensors.
+        rule: the method as it is in the rule; placements of one rule share tensors.
         lead: the placement whose method named this one as a companion; its tensors are this one's too.
     """
 
@@ -140,7 +140,7 @@ class Strategy:
 
     @staticmethod
     def of(value: object) -> Strategy:
-        """What `adapt` is given, as a strategy: a method, a mapping of patterns, pairs, or a strategy.
+        """The strategy that `adapt`'s argument means: a method, a mapping of patterns, pairs, or a strategy.
 
         Raises:
             TypeError: for anything else.
@@ -242,17 +242,17 @@ class Strategy:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a strategy makes of a model; prints as a table.
+    """Which rule of a strategy takes which parameter of a model; prints as a table.
 
     Attributes:
         strategy: the strategy.
-        groups: every parameter, as the sites it can be reached by.
+        groups: every parameter, as its sites: several where it is tied.
         modules: every module, by dotted name.
         taken: parameter name -> (index of the rule, placement).
         added: module name -> (index of the rule, module placement).
         selected: for each rule, how many sites it selects that its method can adapt, those of earlier rules included.
         reasons: for each rule, a selected site that its method cannot adapt, and what is missing.
-        left_out: parameters of a kind that a rule's method usually takes, which it cannot adapt and no other rule takes:
+        left_out: usual sites of a rule's method that it cannot adapt and that no other rule takes:
             parameter name -> (index of the rule, site, what is missing).
     """
 
@@ -343,7 +343,7 @@ class Explanation:
 
 
 def _hosts(base: FrozenBase, model: nn.Module | None, selector: Selector) -> list[Site]:
-    """The outermost modules that a selector selects, as sites; the model itself is none."""
+    """The outermost modules that a selector selects, as sites; never the model itself."""
     root = base.structure.module if model is None else model
     nothing = torch.empty(0)
     found: list[Site] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class BOFT(MatrixMethod):
                 return f"a {need}{factors} whose blocks, of even size where there are several factors, divide its width {width}"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> BOFT:
+    def for_site(self, site: Site) -> Self:
         return self.replace(view="lookup" if is_lookup(site) else view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

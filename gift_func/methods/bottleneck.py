@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -53,11 +53,12 @@ class Bottleneck(ModuleMethod):
     """
 
     dim: int = 64
-    parallel: bool = field(default=False, kw_only=True)
-    nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = field(default="relu", kw_only=True)
-    scale: float = field(default=1.0, kw_only=True)
-    dropout: float = field(default=0.0, kw_only=True)
-    width: int | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    parallel: bool = False
+    nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    scale: float = 1.0
+    dropout: float = 0.0
+    width: int | None = None
 
     attribute = "bottleneck"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class C3A(MatrixMethod):
                 return f"a block_size={here.block_size} that divides its {rows} outputs and {columns} inputs"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> C3A:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class FourierFT(MatrixMethod):
             return f"at least n_frequency={here.n_frequency} elements"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> FourierFT:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

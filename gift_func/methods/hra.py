@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class HRA(MatrixMethod):
                 return f"a width of at least rank={here.rank}, for as many orthogonal columns"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> HRA:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view="lookup" if is_lookup(site) else view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from einops import rearrange
@@ -61,7 +61,7 @@ class IA3(MatrixMethod):
             return "side='input', or a bias of its own to be scaled along with it"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> IA3:
+    def for_site(self, site: Site) -> Self:
         groups = site.module.groups if isinstance(site.module, nn.modules.conv._ConvNd) else 1
         return self.replace(view=view_of(site), groups=groups)
 

@@ -101,7 +101,7 @@ class LoKr(LowRankMethod):
         """The shapes of a parameter's tensors; in a stack of matrices, of each of them."""
         _, rows, columns = matrix_of(parameter.shape, self.layout)
         sides, r = tuple(parameter.shape[2:]) if self.layout == "kernel" else (), self.rank
-        (a, b), (c, d) = (split(n, self.decompose_factor) for n in (rows, columns // prod(sides)))
+        (a, b), (c, d) = (two_divisors(n, self.decompose_factor) for n in (rows, columns // prod(sides)))
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (a, c)}
         if self.decompose_both and r < max(a, c) / 2:
             shapes = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)}
@@ -125,7 +125,7 @@ class LoKr(LowRankMethod):
         return {"lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a": self.scale}
 
 
-def split(size: int, factor: int = -1) -> tuple[int, int]:
+def two_divisors(size: int, factor: int = -1) -> tuple[int, int]:
     """Two factors of a size, the first `factor` where that divides it, else the nearest to the root that is not above it."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor

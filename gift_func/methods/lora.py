@@ -15,7 +15,7 @@ from ..select import Site
 from ..weights import LowRank, LowRankFromStart, Weight
 from .factored import LowRankMethod
 from .full import Full
-from .layout import Conv, Layout, factors_of, rank_axes
+from .layout import ConvLayout, Layout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
 from .options import FrozenMap, check_whole
 from .weight_method import WeightMethod, by_shape
@@ -87,7 +87,7 @@ class LoRA(LowRankMethod):
     train_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
-    conv: Conv = "kernel"
+    conv: ConvLayout = "kernel"
     dtype: torch.dtype | None = None
     layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 

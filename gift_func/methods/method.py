@@ -77,7 +77,7 @@ class Method(ABC):
             value = getattr(self, item.name)
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             if value != default:
-                data[item.name] = _plain(value)
+                data[item.name] = _as_data(value)
         return data
 
     @staticmethod
@@ -108,7 +108,7 @@ class Method(ABC):
             raise AdaptError(f"{name} cannot be made from {values}: {error}") from None
 
     def __str__(self) -> str:
-        """The method as it would be written: what stands at its default is left out."""
+        """The method as Python code, without the options that have their default."""
         parts = [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "method"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
@@ -131,13 +131,13 @@ def _subclasses(kind: Any = Method) -> Iterator[type[Method]]:
         yield from _subclasses(child)
 
 
-def _plain(value: Any) -> Any:
+def _as_data(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _as_data(item) for key, item in value.items()}
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, Method):
         return value.to_dict()
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_as_data(item) for item in value]
     return value

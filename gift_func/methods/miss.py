@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class MiSS(MatrixMethod):
             return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> MiSS:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class OFT(MatrixMethod):
         if self.neumann < 0 or self.eps <= 0:
             raise AdaptError(f"neumann is at least 0 and eps above 0, got neumann={self.neumann!r}, eps={self.eps!r}")
 
-    def for_site(self, site: Site) -> OFT:
+    def for_site(self, site: Site) -> Self:
         here = self.replace(view="lookup" if is_lookup(site) else view_of(site))
         width = here._width(site.parameter.shape)
         size = here._size(width)

@@ -69,7 +69,7 @@ def patterns(kind: Any) -> list[str]:
 
 
 def first_match(patterns: Mapping[str, Value], module_name: str, default: Value) -> Value:
-    """The value of the first key whose regular expression matches the module's name or its end after a dot."""
+    """The value of the first key, a regular expression, that matches the module's name or the end of it after a dot."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module_name):
             return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import prod
 from typing import ClassVar
 
@@ -50,6 +50,7 @@ class SHiRA(MatrixMethod):
     needs = "a parameter of at least 2 dimensions"
 
     rank: int = 32
+    _: KW_ONLY
     scale: float = 1.0
     random_seed: int | None = None
 

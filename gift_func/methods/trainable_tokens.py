@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdaptError
 from ..select import Site
-from ..weights import Rows, Weight
+from ..weights import ReplacedRows, Weight
 from .weight_method import WeightMethod
 
 
@@ -70,4 +70,4 @@ class TrainableTokens(WeightMethod):
         return {"indices": indices, "positions": positions.index_copy(0, indices, places)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        return Rows(base, tensors["trainable_tokens_delta"], tensors["indices"], tensors["positions"])
+        return ReplacedRows(base, tensors["trainable_tokens_delta"], tensors["indices"], tensors["positions"])

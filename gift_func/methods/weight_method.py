@@ -13,7 +13,7 @@ from ..select import Site
 from ..weights import Weight
 from .method import Method
 
-Init = TypeVar("Init", bound=Callable[..., dict[str, Tensor]])
+InitTensors = TypeVar("InitTensors", bound=Callable[..., dict[str, Tensor]])
 
 
 class WeightMethod(Method, base=True):
@@ -91,7 +91,7 @@ class WeightMethod(Method, base=True):
         return {}
 
 
-def by_shape(init_tensors: Init) -> Init:
+def by_shape(init_tensors: InitTensors) -> InitTensors:
     """Mark an `init_tensors` whose names, shapes and types depend on the method and the parameter's shape and type alone.
 
     Where no values are wanted it is then called once for all sites that are alike.

@@ -17,9 +17,9 @@ class Kronecker(OnBase):
 
     Args:
         base: W.
-        tensors: C as lokr_w1 or its factors, D as lokr_w2, its factors, or a Tucker core between them.
+        tensors: C as lokr_w1 or its two factors; D as lokr_w2, its two factors, or those and a Tucker core.
         scale: s.
-        transposed: whether W holds the transpose of the product.
+        transposed: whether the transpose of the product is added.
         dropout: of the product's rows.
     """
 
@@ -40,7 +40,7 @@ class Kronecker(OnBase):
         self.transposed = transposed
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        """s·C `(..., a, c)` and D `(..., b, d)`, a kernel's as `(b, d·k...)`; transposed where their product is."""
+        """s·C `(..., a, c)` and D `(..., b, d)`, a kernel's as `(b, d·k...)`; both transposed if their product is."""
         c = _product(self.w1, self.w1_a, self.w1_b, None) * self.scale
         d = _product(self.w2, self.w2_a, self.w2_b, self.t2)
         d = d if d.ndim == c.ndim else d.flatten(1)

@@ -48,7 +48,7 @@ class ScaledLowRank(LowRank):
         self.scale = scale
         self.dropout = dropout
 
-    # Computed when they are asked for: between calls a weight rests while its tensors are trained.
+    # Properties, since a weight stays bound between calls while its tensors are trained.
     @property
     def left(self) -> Tensor:  # type: ignore[override]
         return self.outer if self.rows is None else self.rows.unsqueeze(-1) * self.outer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
-from ...initialise import common_name
+from ...initialise import shared_name
 from ...methods import AdaLoRA, NormTuning, TrainableTokens, VeRA, WeightMethod
 from ...methods.layout import layout_of, matrix_of
 from ...select import Site
@@ -121,7 +121,7 @@ class VeRAKind(FileFormat):
             rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
             for name, tensor in shared.items():
                 own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]
-                plan.state[common_name(name, index)] = tensor if len(rules) == 1 else own
+                plan.state[shared_name(name, index)] = tensor if len(rules) == 1 else own
 
     def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         for local in PROJECTIONS:
