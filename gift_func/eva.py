@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapt import _adapt, base_of
+from .adapt import base_of, draw_adapter
 from .adapted_model import AdaptedModel
 from .errors import AdaptError
 from .initialise import Initial
@@ -20,7 +20,9 @@ from .methods import DoRA, LoRA, Method
 from .methods.matrix import CONVOLUTIONS, HF_CONV1D
 from .methods.method import is_a
 from .methods.settings import FrozenMap
-from .network.frozen_base import BaseView, FrozenBase
+from .network.fast_path import FastPath
+from .network.frozen_base import FrozenBase
+from .network.module_tree import clone
 from .select import Regex
 from .strategy import Placement, Strategy
 
@@ -97,7 +99,7 @@ def eva(
         spectra = _spectra(base, sites, batches, forward or _call, mask)
         ranks = _ranks(sites, spectra, float(rho))
     rows = {name: spectra[name].directions[:rank] for name, rank in ranks.items()}
-    return _adapt(base, _redistributed(rules, taken, ranks), _Calibrated(rows, generator))
+    return AdaptedModel(draw_adapter(base, _redistributed(rules, taken, ranks), _Calibrated(rows, generator)))
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,10 @@ def _spectra(
     base: FrozenBase, sites: Mapping[str, Placement], batches: Iterable[Any], forward: Forward, mask: Mask | None
 ) -> dict[str, _Spectrum]:
     """What the sites of a frozen base are given while it runs on the batches."""
-    modes = base.structure.copy()
-    modes.module.eval()
-    view = BaseView(base, modes)
+    tree = base.tree.copy(clone)
+    tree.module.eval()
+    for name, tensor in FastPath(base, tree, ()).bindings({}, ()).items():
+        tree.bind(name, tensor)
     seen: dict[str, _Scatter] = {}
     keep: list[Tensor | None] = [None]
 
@@ -181,14 +184,14 @@ def _spectra(
         return hook
 
     for name, placement in sites.items():
-        for module, attribute in view._copy.places[name]:
+        for module, attribute in tree.places[name]:
             refusal = _refuses(placement.rule, module, attribute)
             if refusal:
                 raise AdaptError(f"EVA cannot find a start for {placement.site.name!r} of {type(module).__name__}: {refusal}")
             module.register_forward_pre_hook(listen(name), with_kwargs=True)
     for batch in batches:
         keep[0] = None if mask is None else mask(batch)
-        forward(view, batch)
+        forward(tree.module, batch)
     for name, placement in sites.items():
         if name not in seen or not seen[name].count:
             raise AdaptError(

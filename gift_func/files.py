@@ -17,7 +17,8 @@ from .adapt import base_of, readapt
 from .adapted_model import AdaptedModel
 from .errors import AdaptError, FileError, StateError
 from .methods import Method
-from .network.frozen_base import BaseView, FrozenBase
+from .network.base_view import BaseView
+from .network.frozen_base import FrozenBase
 from .safetensors_io import copied, mapped
 from .strategy import Strategy
 
@@ -50,7 +51,7 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
     header = {
         "version": VERSION,
         "strategy": adapted.strategy and adapted.strategy.to_dict(),
-        "base": adapted._body.base.fingerprint(),
+        "base": adapted.frozen_base.fingerprint(),
     }
     tensors = {name: tensor.contiguous() for name, tensor in adapted.adapter_state_dict().items()}
     meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)

@@ -101,13 +101,13 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         AdaptError: if nothing comes of it, if an action returns anything else, or if actions contradict each other.
     """
     if is_pure(caps):
-        body = base.structure.copy(clone)
+        body = base.tree.copy(clone)
         walk = _Walk(body, caps)
         walk.run()
         walk.check_found()
         return Operation(body, walk.placements, {}, changed=False)
-    body = ModuleTree(base.structure.detached(_handed))
-    origins = {id(tensor): name for name, tensor in zip(base.structure.places, _parameters(body).values(), strict=True)}
+    body = ModuleTree(base.tree.detached(_handed))
+    origins = {id(tensor): name for name, tensor in zip(base.tree.places, _parameters(body).values(), strict=True)}
     handed = [(tensor, tensor._version) for tensor in _parameters(body).values()]  # also keeps their ids taken
     versions = {id(tensor): version for tensor, version in handed}
     before = _census(body.module)

@@ -214,7 +214,7 @@ class Strategy:
         order = {group[0].name: position for position, group in enumerate(groups)}
         ordered = {name: taken[name] for name in sorted(taken, key=lambda name: order.get(name, -1))}
         left_out = {name: refusal for name, refusal in left_out.items() if name not in taken}
-        return Explanation(self, groups, base.structure.modules, ordered, seen, reasons, left_out)
+        return Explanation(self, groups, base.tree.modules, ordered, seen, reasons, left_out)
 
     def place(self, base: FrozenBase, model: nn.Module | None = None) -> list[Placement]:
         """The placements, one for each adapted parameter.
@@ -328,7 +328,7 @@ class Explanation:
 
 def _hosts(base: FrozenBase, model: nn.Module | None, selector: Selector) -> list[Site]:
     """The outermost modules that a selector selects, as sites; the model itself is none."""
-    root = base.structure.module if model is None else model
+    root = base.tree.module if model is None else model
     nothing = torch.empty(0)
     found: list[Site] = []
     for name, module in root.named_modules():

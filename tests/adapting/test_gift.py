@@ -214,7 +214,7 @@ def test_what_each_strategy_adapts(strategy: st.FineTuningStrategy, keys: dict[s
 
 def test_the_seeds_scale_and_dropout_are_loras() -> None:
     adapted = gf.adapt(net(), st.LoRALinearFineTuningStrategy(4, 8.0, 0.5, True))
-    assert [part.method for part in adapted.parts] == [
+    assert [part.method for part in adapted.adapted_parameters] == [
         gf.LoRA(rank=4, alpha=8.0, dropout=0.5, train_bias=True, conv="balanced"),
         gf.Full(),
     ]

@@ -23,7 +23,7 @@ from gift_func.weights import Delta, Weight
 
 def taken(model: nn.Module, strategy: Any) -> dict[str, str]:
     """Parameter name -> method, as text, of what a strategy takes."""
-    return {part.name: str(part.method) for part in gf.adapt(model, strategy).parts}
+    return {part.name: str(part.method) for part in gf.adapt(model, strategy).adapted_parameters}
 
 
 def chosen(model: nn.Module, selector: Any) -> list[str]:
@@ -366,8 +366,8 @@ def test_train_bias_takes_the_biases_of_what_is_adapted() -> None:
 def test_a_tied_parameter_is_found_by_any_of_its_names_and_adapted_once(name: str) -> None:
     adapted = gf.adapt(Tied(), {name: gf.LoRA(rank=2)})
     assert list(adapted.adapter) == ["embed.lora_B", "embed.lora_A"]
-    assert [part.name for part in adapted.parts] == ["embed.weight"]
-    body: Any = adapted._body.module
+    assert [part.name for part in adapted.adapted_parameters] == ["embed.weight"]
+    body: Any = adapted.copy_pool.module
     assert body.embed.weight is body.head.weight
     merged: Any = adapted.merge()
     assert merged.embed.weight is merged.head.weight
@@ -376,7 +376,7 @@ def test_a_tied_parameter_is_found_by_any_of_its_names_and_adapted_once(name: st
 
 @pytest.mark.parametrize("name", ["first", "again", "all.0", "*.0.weight"])
 def test_a_shared_submodule_is_found_by_any_of_its_names(name: str) -> None:
-    assert [part.name for part in gf.adapt(Shared(), {f"{name}": gf.LoRA(rank=2)}).parts] == ["first.weight"]
+    assert [part.name for part in gf.adapt(Shared(), {f"{name}": gf.LoRA(rank=2)}).adapted_parameters] == ["first.weight"]
 
 
 def test_tied_models_of_transformers() -> None:

@@ -83,7 +83,7 @@ def attach(scale: Scale) -> Case:
     model = mini_lm()
     generator = torch.Generator().manual_seed(0)
     adapters = family(model, LINEARS, many - 1)
-    places = [part.name.removesuffix(".weight") for part in adapters["a0"].parts]
+    places = [part.name.removesuffix(".weight") for part in adapters["a0"].adapted_parameters]
     options = peft.LoraConfig(r=8, target_modules=places)
     calls: dict[str, Callable[[], object] | Call] = {}
     for k in (few, many):

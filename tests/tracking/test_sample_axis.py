@@ -68,7 +68,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def there_and_back(x: Tensor) -> Tensor:
-    """SampleAxis in another order, and by the inverse permutation in their own again."""
+    """Rows in another order, and by the inverse permutation in their own again."""
     order = x[:, 0].argsort()
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
@@ -87,7 +87,7 @@ def experts(x: Tensor) -> Tensor:
 
 
 def grouped(x: Tensor) -> Tensor:
-    """SampleAxis in two groups, each with a matrix of its own."""
+    """Rows in two groups, each with a matrix of its own."""
     return torch._grouped_mm(x.bfloat16(), w(2, 24, 8).bfloat16(), offs=torch.tensor([2, len(x)], dtype=torch.int32)).float()
 
 

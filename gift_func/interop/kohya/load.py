@@ -15,7 +15,8 @@ from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
 from ...initialise import Shapes
 from ...methods import Diff, LoHa, LoKr, LoRA, Method
-from ...network.frozen_base import BaseView, FrozenBase
+from ...network.base_view import BaseView
+from ...network.frozen_base import FrozenBase
 from ...select import Regex, Site
 from ...strategy import Placement, Strategy
 from .methods import Decomposed, is_host
@@ -67,7 +68,7 @@ def load(
     base = base_of(model)
     try:
         groups, plan = grouped(tensors), KohyaReader(base)
-        names = Names(base.structure.modules, prefix_of(groups) if prefix is None else prefix)
+        names = Names(base.tree.modules, prefix_of(groups) if prefix is None else prefix)
         for called, own in groups.items():
             if not names.passes_over(called):
                 plan.read(ModuleTensors(called, own), names.module(called))

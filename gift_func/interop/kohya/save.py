@@ -14,12 +14,12 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ...adapted_model import AdaptedModel
+from ...adapter import AdaptedParameter
 from ...errors import AdaptError
 from ...files import unshared, write_whole
 from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
-from ...network.runner import AdaptedParameter
 from ...select import Site
 from .methods import Decomposed, is_host
 from .module_tensors import Tensors
@@ -78,10 +78,10 @@ def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
     Raises:
         AdaptError: for what it cannot hold.
     """
-    base = adapted._body.base
+    base = adapted.frozen_base
     if base.slots:
         raise AdaptError(f"the model was adapted on top of another adapter, which the file would leave out. {NATIVELY}")
-    names = Names(base.structure.modules, prefix)
+    names = Names(base.tree.modules, prefix)
     groups = {site.name: group for group in base.sites() for site in group}
     state = adapted.adapter_state_dict()
     lost = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
@@ -89,7 +89,7 @@ def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
         raise AdaptError(f"the buffer {lost!r} differs from the base's, and the file has no place for it. {NATIVELY}")
     made: Tensors = {}
     beside: list[tuple[str, Tensor, Site]] = []
-    for part in adapted.parts:
+    for part in adapted.adapted_parameters:
         site = _site(part, groups)
         called = names.called(site.module_name)
         own = {local: state[name] for local, name in part.names.items()}
@@ -106,13 +106,13 @@ def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
 
 def network(adapted: AdaptedModel) -> dict[str, str]:
     """What readers of metadata look for: which kind of network it is, its dimension and alpha."""
-    methods = [part.method.of if isinstance(part.method, Decomposed) else part.method for part in adapted.parts]
+    methods = [part.method.of if isinstance(part.method, Decomposed) else part.method for part in adapted.adapted_parameters]
     algos = [WRITERS[type(method)][0] for method in methods if type(method) in WRITERS]
     main = next((algo for algo in algos if algo != "full"), "full")
     ranked = [method for method in methods if isinstance(method, (LoRA, LoHa, LoKr))]
     ranks, alphas = {method.rank for method in ranked}, {method.scale * method.rank for method in ranked}
     args: dict[str, Any] = {"algo": main}
-    if any(isinstance(part.method, (Decomposed, DoRA)) for part in adapted.parts):
+    if any(isinstance(part.method, (Decomposed, DoRA)) for part in adapted.adapted_parameters):
         args["dora_wd"] = "True"
     return {
         "ss_network_module": "lycoris.kohya",

@@ -83,7 +83,7 @@ class FileFormat:
         Raises:
             FileError: for what is not supported, or does not fit.
         """
-        config = configs.resolved(self.read(given, ignore), plan.base.structure.module)
+        config = configs.resolved(self.read(given, ignore), plan.base.tree.module)
         names = [name for name in plan.modules if name and configs.targets(config, name)]
         paths = Paths(dict.fromkeys(names, 1))
         for name in names:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
-from ...network.frozen_base import BaseView, FrozenBase
+from ...network.base_view import BaseView
+from ...network.frozen_base import FrozenBase
 from . import config as configs
 from .lora import plan_lora
 from .reader import PeftReader

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...adapter import AdaptedParameter
 from ...errors import AdaptError, FileError
 from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
 from ...methods.settings import first_match
-from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
 from .config import Config
@@ -35,7 +35,7 @@ def plan_lora(plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
     """
     config = configs.complete(given, configs.LORA | dict.fromkeys(configs.TIED), ignore, configs.UNSUPPORTED)
     configs.check_lora(config)
-    config = configs.resolved(config, plan.base.structure.module)
+    config = configs.resolved(config, plan.base.tree.module)
     if not config["target_modules"] and not config["target_parameters"]:
         raise FileError(f"{configs.FILE} has neither target_modules nor target_parameters")
     modules = [name for name in plan.modules if name and configs.targets(config, name)]
@@ -145,7 +145,7 @@ def _tokens(plan: PeftReader, config: Config, paths: Paths) -> None:
     wanted = config["trainable_token_indices"]
     if not wanted:
         return
-    root = plan.base.structure.module
+    root = plan.base.tree.module
     if not isinstance(wanted, dict):
         embedding = getattr(root, "get_input_embeddings", lambda: None)()
         name = next((name for name, module in plan.modules.items() if module is embedding), "embed_tokens")

@@ -29,7 +29,7 @@ class PeftReader:
 
     def __init__(self, base: FrozenBase, tensors: dict[str, Tensor]) -> None:
         self.base = base
-        self.modules = base.structure.modules
+        self.modules = base.tree.modules
         self.groups = {site.name: group for group in base.sites() for site in group}
         self.left = dict(tensors)
         self.state: dict[str, Tensor] = {}

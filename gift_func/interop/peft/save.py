@@ -50,7 +50,7 @@ def save(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     draft = PeftWriter(adapted)
-    kind = kind_of([part.method for part in adapted.parts], KINDS)
+    kind = kind_of([part.method for part in adapted.adapted_parameters], KINDS)
     if kind == "LORA":
         draft_lora(draft)
     else:

@@ -82,7 +82,7 @@ class TokensKind(FileFormat):
         return {**config, "modules_to_save": None, "target_modules": config["target_modules"] or ["embed_tokens"]}
 
     def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
-        tied = bool(getattr(getattr(plan.base.structure.module, "config", None), "tie_word_embeddings", False))
+        tied = bool(getattr(getattr(plan.base.tree.module, "config", None), "tie_word_embeddings", False))
         method = TrainableTokens(config["token_indices"])
         plan.place(plan.site(name, "weight"), method, self.entries(path, plan.site(name, "weight"), method), tied=tied)
 
@@ -107,7 +107,7 @@ class VeRAKind(FileFormat):
             raise FileError(f"{configs.FILE} has r={config['r']}, and the file's tensors are of rank {max(ranks)}")
         # One rule for each element type that the places have here, and so projections for each.
         rules: dict[VeRA, list[Site]] = {}
-        for name in plan.base.structure.places:
+        for name in plan.base.tree.places:
             method = plan.methods.get(name)
             if isinstance(method, VeRA):
                 rules.setdefault(method, []).append(plan.groups[name][0])

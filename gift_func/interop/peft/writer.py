@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted_model import AdaptedModel
+from ...adapter import AdaptedParameter
 from ...errors import AdaptError
 from ...methods import Diff, Full, TrainableTokens
 from ...methods.ia3 import ScaledBias
-from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
 from .keys import Entry, Paths
@@ -35,18 +35,18 @@ class PeftWriter:
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
-        body = adapted._body
-        if body.base.slots:
+        base, tree = adapted.frozen_base, adapted.copy_pool.tree
+        if base.slots:
             raise AdaptError(
                 "the model was adapted on top of another adapter, which PEFT's file would leave out. Save an adapter of "
                 "adapted.merge() of the lower one, or save it natively (gf.save_adapter)."
             )
-        self.base = body.base
-        self.root = body.base.structure.module
-        self.modules = body.base.structure.modules
-        self.groups = {site.name: group for group in body.base.sites() for site in group}
+        self.base = base
+        self.root = base.tree.module
+        self.modules = base.tree.modules
+        self.groups = {site.name: group for group in base.sites() for site in group}
         self.state = adapted.adapter_state_dict()
-        self.buffers = {name: buffer for name, _, _, buffer in body.structure.buffers()}
+        self.buffers = {name: buffer for name, _, _, buffer in tree.buffers()}
         self.changed = self.state.keys() - adapted.adapter.keys()
         self.parts: dict[str, AdaptedParameter] = {}
         self.biases: dict[str, AdaptedParameter] = {}
@@ -55,7 +55,7 @@ class PeftWriter:
         self.tensors: dict[str, Tensor] = {}
         self.config: dict[str, Any] = {}
         self.tied = False
-        for part in adapted.parts:
+        for part in adapted.adapted_parameters:
             if part.name not in self.groups:
                 raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no PEFT file can hold")
             roles: list[tuple[type, dict[str, AdaptedParameter]]] = [
