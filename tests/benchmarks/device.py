@@ -32,13 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""By how much two correct computations may differ, relative to the size of what they compute, in the Frobenius norm.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""How much two outputs that should be equal may differ, as a part of their norm.
 
-In bfloat16 the largest difference of any one number says nothing: rounding grows over the layers, and of two correct
-orders of one sum, 32 layers of random weights make outputs of which some number differs by a fifteenth of the largest.
+In bfloat16, rounding grows over the layers: with 32 of them and random weights, two correct orders of the same sums differ
+by 2 to 6 % of the norm, and single numbers by more. The rows are checked closely in float32, on the CPU.
 """
-CLEARLY = 5.0
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,20 @@ class Place:
         """Two routes lead to one output, which is not what the network computes without an adapter.
 
         Args:
-            plain: the output without an adapter. It must be further away than the two routes are from each other,
-                by a factor of `CLEARLY`, or their agreement would say nothing.
+            plain: what it computes without one.
         """
         check_close(what, found.float(), wanted.float(), plain.float(), TOLERANCE[self.dtype])
 
 
 def check_close(what: str, found: Tensor, wanted: Tensor, plain: Tensor, tolerance: float) -> None:
-    """Refuse outputs that differ, and a comparison that would not notice if the adapters were missing."""
+    """Refuse outputs that differ, and adapters that change the output by little more than the two routes differ."""
     size, off, moved = ((wanted - other).norm().item() for other in (torch.zeros_like(wanted), found, plain))
     if not off <= tolerance * size:
-        raise AssertionError(f"{what} differ by {off / size:.1e} of their norm, and {tolerance:.0e} is allowed")
-    if not moved >= CLEARLY * max(off, tolerance / 20 * size):
+        raise AssertionError(f"{what} differ by {off / size:.1e} of their norm; {tolerance:g} is allowed")
+    if not moved >= max(5 * off, 0.01 * size):
         raise AssertionError(
-            f"{what}: the adapters change the output by {moved / size:.1e} of its norm, which is too near to the difference "
-            f"of the two routes, {off / size:.1e}, for that to say anything"
+            f"{what} differ by {off / size:.1e} of their norm, and the adapters change them by {moved / size:.1e}: "
+            "equality would say nothing"
         )
 
 
