@@ -24,7 +24,7 @@ The folders and files of the package, from the top down. A file imports from its
 | `weights/` | structured weights, and the slot and the rules that route torch functions to them |
 | `kernels/` | autograd functions that compute a whole layer in one pass |
 | `select.py`, `errors.py` | sites and selectors; what the package raises and warns with |
-| `seeding.py`, `caching.py` | the random state of a call; the cache of values used last |
+| `seeding.py`, `caching.py` | random draws from a generator; the cache of values used last |
 | `safetensors_io.py`, `_torch.py` | reading safetensors; the only file that uses private names of torch |
 
 One word for one thing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -101,13 +102,15 @@ def test_the_buffers_are_copies(tmp_path: Path) -> None:
         assert not sees(run, mean) or name in ("the base", "a bank"), name
 
 
-def test_what_leaves_the_base(a: gf.AdaptedModel) -> None:
+def test_what_leaves_the_base() -> None:
     model = network()
     weight: Any = model.get_parameter("2.weight")
     a = adapted(model)
     assert not sees(a.merge(), weight)
     assert memory(a.merge().parameters()).isdisjoint(memory(model.parameters()) | own(a))
+    assert sees(adapted(model).to(torch.float32), weight)
     assert not sees(adapted(model).to(torch.float64).to(torch.float32), weight)
+    assert not sees(pickle.loads(pickle.dumps(adapted(model))), weight)
 
 
 # --- adapters
@@ -188,7 +191,7 @@ def test_a_store_gives_copies(a: gf.AdaptedModel, tmp_path: Path) -> None:
         assert not sees(lambda x: store(x, adapters=["fr"] * 5), taken.adapter["0.lora_A"])
 
 
-def test_a_file_gives_copies(a: gf.AdaptedModel, tmp_path: Path) -> None:
+def test_a_file_gives_copies(tmp_path: Path) -> None:
     model = network()
     a = adapted(model)
     gf.save_adapter(a, tmp_path / "a.safetensors")
