@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .measure import Result, Spread
-from .report import bound, caption, found, ratio, value, verdict
+from .measure import Result
+from .report import bound, found, read_json, value, verdict
 
 HERE = Path(__file__).parent
 README, RESULTS, DEVICES = HERE.parents[1] / "README.md", HERE / "RESULTS.md", HERE / "results"
@@ -34,7 +32,11 @@ def write(results: Sequence[Result], under: str) -> None:
 
 
 def write_devices() -> None:
-    """Write the tables of the files in `results/` to RESULTS.md."""
+    """Write the tables of the files in `results/` to RESULTS.md, and a picture beside each file."""
+    from .picture import draw
+
+    for path in DEVICES.glob("*.json"):
+        draw(path.with_suffix(".png"), *read_json(path))
     rewrite(RESULTS, "devices", devices())
 
 
@@ -72,21 +74,20 @@ def markdown(results: Sequence[Result], under: str) -> str:
 
 
 def devices() -> str:
-    """A table for each file that a run with `--device cuda --json` left in `results/`."""
-    return "\n\n".join(device_table(json.loads(path.read_text(encoding="utf8"))) for path in sorted(DEVICES.glob("*.json")))
+    """A picture and a table for each file that a run with `--device cuda --json` left in `results/`."""
+    return "\n\n".join(
+        f"![The times below as bars]({path.relative_to(HERE).with_suffix('.png')})\n\n{device_table(*read_json(path))}"
+        for path in sorted(DEVICES.glob("*.json"))
+    )
 
 
-def device_table(run: Mapping[str, Any]) -> str:
-    """One run on a device: a line for each way in which ours computes the row."""
+def device_table(results: Sequence[Result], under: str) -> str:
+    """One run on a device: a line for each way in which ours computes a row."""
     lines = ["| what | ours | PEFT | floor or base | ours/PEFT | ours/floor or base |", "|---|---|---|---|---|---|"]
-    for row in run["rows"]:
-        spreads = {name: {key: Spread(**one) for key, one in row[name].items()} for name in ("seconds", "ratios")}
-        seconds, ratios = spreads["seconds"], spreads["ratios"]
-        alone = "floor" if "floor" in seconds else "base"
-        for ours in (key for key in seconds if key not in ("PEFT", alone)):
-            name = ", ".join([row["name"].replace("/", ": ", 1), *ours.split(", ")[1:]])
-            times = " | ".join(value(seconds[key].median, "s") for key in (ours, "PEFT", alone))
-            lines.append(
-                f"| {name} | {times} | " + " | ".join(ratio(ratios[f"{ours}/{key}"]) for key in ("PEFT", alone)) + " |"
-            )
-    return "\n".join([*lines, "", caption(run["mode"], run["machine"])])
+    for row in results:
+        alone = "floor" if "floor" in row.times else "base"
+        for ours in (key for key in row.times if key not in ("PEFT", alone)):
+            name = ", ".join([row.name.replace("/", ": ", 1), *ours.split(", ")[1:]])
+            times = " | ".join(value(row.times[key].median, "s") for key in (ours, "PEFT", alone))
+            lines.append(f"| {name} | {times} | {' | '.join(found(row, f'{ours}/{key}') for key in ('PEFT', alone))} |")
+    return "\n".join([*lines, "", under])
