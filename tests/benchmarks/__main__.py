@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is at hand
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes here and has nothing to say
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes here and would print a banner
 
 import torch
 
