@@ -148,7 +148,7 @@ def told_by_the_seed() -> str:
 
 
 def test_the_mlp_tutorial_prints_what_the_seed_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "seed_mlp.py"))
+    runpy.run_path(str(EXAMPLES / "gift_mlp.py"))
     out = capsys.readouterr().out
     assert told_by_the_seed() in out
     assert "Number of trainable parameters: 40701\n" in out
@@ -160,7 +160,7 @@ def test_the_mlp_tutorial_prints_what_the_seed_prints(capsys: pytest.CaptureFixt
 
 
 def test_the_attention_tutorial_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "seed_attention.py"))
+    runpy.run_path(str(EXAMPLES / "gift_attention.py"))
     out = capsys.readouterr().out
     assert "  (mha): MultiHeadAttentionBase()\n" in out
     lines = [line for line in out.splitlines() if line.startswith("  (w_q): ")]
