@@ -15,9 +15,10 @@ The folders and files of the package, from the top down. A file imports from its
 | `strategies.py`, `factories.py`, `utils.py` | GIFt's names |
 | `adapt.py`, `functional.py` | `gf.adapt`: a model and a strategy in, an adapted model out; `gf.functional_call` |
 | `adapted_model.py` | `gf.AdaptedModel`: the module that runs base and adapter |
+| `initialise.py` | an adapter's initial tensors |
 | `adapter.py`, `adapter_dict.py` | the adapter as a value: frozen base, adapted parameters, tensors, strategy, buffers |
 | `printing.py`, `gift_protocol.py` | `print(adapted)` and its summary; GIFt's (check, action) strategies |
-| `strategy.py`, `initialise.py` | ordered rules, and the sites that they take; an adapter's initial tensors |
+| `strategy.py` | ordered rules, and the sites that they take |
 | `network/` | what is run: the frozen base, and private copies of its modules with tensors bound in them |
 | `methods/` | what a paper proposes: one file and one frozen dataclass each |
 | `tracking/` | where a batch's samples are, followed through torch functions; it knows nothing of adapters |

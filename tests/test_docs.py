@@ -13,7 +13,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_house import GRAPH
 
 import gift_func
 
@@ -104,23 +103,3 @@ def test_the_version_where_nothing_is_installed() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "0+unknown"
-
-
-def test_the_map_of_the_house_is_whole() -> None:
-    """Every folder and file at the top of the package has its place in the docstring."""
-    told = set(re.findall(r"`(\w+(?:/|\.py))`", gift_func.__doc__ or ""))
-    there = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    there |= {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-    assert there - told == set()
-
-
-def test_the_map_of_the_house_is_in_the_order_of_imports() -> None:
-    rows = [
-        re.findall(r"`(\w+)(?:/|\.py)`", line.split("|")[1]) for line in (gift_func.__doc__ or "").split("\n") if "| `" in line
-    ]
-    depth = {name: index for index, row in enumerate(rows) for name in row}
-    for name, others in GRAPH.items():
-        for other in others if name else ():
-            assert depth[other.split(".")[0]] >= depth[name.split(".")[0]], (
-                f"{name} imports {other}, which the map has above it"
-            )
