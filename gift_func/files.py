@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from . import safetensors_io
 from .adapt import base_of, readapt
 from .adapted_model import AdaptedModel
-from .errors import AdaptError, FileError, StateError
+from .errors import FileError, StateError
 from .methods import Method
 from .network.frozen_base import BaseView, FrozenBase
-from .safetensors_io import copied, mapped
 from .strategy import Strategy
 
 KEY = "gift_func"
@@ -52,12 +49,7 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
         "strategy": adapted.strategy and adapted.strategy.to_dict(),
         "base": adapted._body.base.fingerprint(),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in adapted.adapter_state_dict().items()}
-    meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
-    if meta is not None:
-        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
-    # One entry: safetensors writes several in no fixed order, and equal adapters are to make equal files.
-    write_whole(Path(path), safetensors_bytes(unshared(tensors), {KEY: json.dumps(header)}))
+    safetensors_io.write(Path(path), safetensors_io.to_bytes(adapted.adapter_state_dict(), {KEY: json.dumps(header)}))
 
 
 def load_adapter(
@@ -133,12 +125,7 @@ def _check_base(saved: Mapping[str, str], found: Mapping[str, str], path: str | 
 
 
 def _read(path: Path, owned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
-    try:
-        tensors, metadata = copied(path) if owned else mapped(path)
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    tensors, metadata = safetensors_io.read(path, copy=owned)
     text = metadata.get(KEY)
     if text is None:
         raise FileError(f"{path} is a safetensors file, but not one of save_adapter")
@@ -150,27 +137,3 @@ def _read(path: Path, owned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if version != VERSION:
         raise FileError(f"{path} has format version {version}, this release reads version {VERSION}")
     return tensors, header
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors refuses two names of one memory."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return found

@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .. import safetensors_io
 from ..errors import FileError
-from ..files import unshared, write_whole
 from ..network.frozen_base import FrozenBase
 from .packing import pack, unpack
 from .training import SweepConfig, SweepRun
@@ -61,7 +59,7 @@ def write(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
         "states": ended,
         "runs": runs,
     }
-    write_whole(path, safetensors_bytes(unshared(tensors), {KEY: json.dumps(header)}))
+    safetensors_io.write(path, safetensors_io.to_bytes(tensors, {KEY: json.dumps(header)}))
 
 
 def read(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
@@ -70,12 +68,8 @@ def read(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
     Raises:
         FileError: if the file is damaged, none of a sweep, or that of another one.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    tensors, metadata = safetensors_io.read(path)
+    text = metadata.get(KEY)
     if text is None:
         raise FileError(f"{path} is a safetensors file, but not the checkpoint of a sweep")
     header = json.loads(text)

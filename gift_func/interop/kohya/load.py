@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import replace
-from functools import reduce
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ... import safetensors_io
 from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
-from ...initialise import Shapes
-from ...methods import Diff, LoHa, LoKr, LoRA, Method
 from ...network.frozen_base import BaseView, FrozenBase
-from ...select import Regex, Site
-from ...strategy import Placement, Strategy
-from .methods import Decomposed, is_host
 from .module_tensors import ModuleTensors, Tensors
 from .names import Names, Prefix, prefix_of
-from .read import contents
-from .table import BIASES, kind_of
+from .reader import KohyaReader
 
 
 def load(
@@ -63,22 +57,23 @@ def load(
         >>> list(gf.interop.kohya.load(model, path).adapter)
         ['1.lora_B', '1.lora_A']
     """
-    tensors, _ = contents(path)
+    with _pickles_named(Path(path)):
+        tensors, _ = safetensors_io.read(Path(path))
     base = base_of(model)
     try:
-        groups, plan = grouped(tensors), KohyaReader(base)
+        groups, reader = by_module(tensors), KohyaReader(base)
         names = Names(base.structure.modules, prefix_of(groups) if prefix is None else prefix)
         for called, own in groups.items():
             if not names.passes_over(called):
-                plan.read(ModuleTensors(called, own), names.module(called))
-        if not plan.methods:
+                reader.read(ModuleTensors(called, own), names.module(called))
+        if not reader.methods:
             raise FileError("the file adapts nothing" + (" but what is to be passed over" if groups else ""))
-        return readapt(base, plan.strategy(), plan.state)
+        return readapt(base, reader.strategy(), reader.state)
     except (AdaptError, StateError, FileError) as error:
         raise FileError(f"{os.fspath(path)} does not fit the model: {error}") from None
 
 
-def grouped(tensors: Tensors) -> dict[str, Tensors]:
+def by_module(tensors: Tensors) -> dict[str, Tensors]:
     """A file's tensors by module, and by what comes after its name.
 
     Raises:
@@ -95,106 +90,41 @@ def grouped(tensors: Tensors) -> dict[str, Tensors]:
     return groups
 
 
-class KohyaReader:
-    """What a file's tensors become: methods by parameter, and the adapter's state.
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a file says of itself: how it was trained (`ss_...`), and whatever else the program that wrote it put there.
+
+    Nothing here depends on it: dimension and alpha are read from the tensors.
 
     Args:
-        base: the base they are for.
-    """
-
-    def __init__(self, base: FrozenBase) -> None:
-        self.groups = {site.name: group for group in base.sites() for site in group}
-        self.state: Tensors = {}
-        self.methods: dict[str, Method] = {}
-
-    def read(self, found: ModuleTensors, module_name: str) -> None:
-        """Find a place for all that a file holds for one module.
-
-        Raises:
-            FileError: if something has none.
-        """
-        for name in BIASES:
-            if name in found.left:
-                self.place(self.site(found, module_name, "bias"), Diff(), {"diff": found.take(name)}, found)
-        if not found.left:
-            return
-        site, kind = self.site(found, module_name, "weight"), kind_of(found)
-        if not is_host(site.module) and not kind.marks <= {"diff", "w_norm"}:
-            raise FileError(
-                f"{found.called} holds {kind.label} for {module_name!r}, a {type(site.module).__name__}, and such files adapt "
-                "Linear, Conv1d, Conv2d and Conv3d"
-            )
-        method, tensors = kind.read(found, site)
-        self.place(site, method, tensors, found)
-
-    def site(self, found: ModuleTensors, module_name: str, param_name: str) -> Site:
-        """The site of a module's weight or bias.
-
-        Raises:
-            FileError: if the module has none, or it is tied to another module's.
-        """
-        name = f"{module_name}.{param_name}" if module_name else param_name
-        if name not in self.groups:
-            raise FileError(f"{found.called} changes the {param_name} of {module_name!r}, which has none")
-        group = self.groups[name]
-        site = next(site for site in group if site.name == name)
-        others = [other.name for other in group if other.module is not site.module]
-        if others:
-            raise FileError(
-                f"{found.called} adapts {name!r} alone, and in this model it is one with {', '.join(others)}: a tied parameter "
-                "stays tied here. Untie them in the model (a copy of the parameter in one place)."
-            )
-        return site
-
-    def place(self, site: Site, method: Method, tensors: Tensors, found: ModuleTensors) -> None:
-        """Adapt a parameter by tensors of the file.
-
-        Raises:
-            FileError: if the method cannot adapt it, or a tensor has another size than it asks for.
-        """
-        if found.left and site.param_name == "weight":
-            raise FileError(f"{found.called} also holds {next(iter(found.left))!r}, for which there is no use")
-        name = self.groups[site.name][0].name
-        if name in self.methods:
-            raise FileError(f"the file adapts {name!r} twice, the second time as {found.called}")
-        lack = method.why_not(site)
-        if lack is not None:
-            raise FileError(f"{found.called} would adapt {site.name!r} by {method}, which needs {lack}")
-        method = held(method, site.parameter.dtype, tensors)
-        bare = replace(site, parameter=torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta"))
-        placement = Placement(name, bare, method.for_site(bare), method)
-        wanted = Shapes(torch.Generator()).own(placement)
-        if wanted.keys() != tensors.keys():
-            odd = sorted(wanted.keys() ^ tensors.keys())[0]
-            raise FileError(f"{found.called} would adapt {site.name!r} by {method}, which fits the file but for {odd!r}")
-        for local, like in wanted.items():
-            self.state[placement.full_name(local)] = fitted(tensors[local], like.shape, local, found)
-        self.methods[name] = method
-
-    def strategy(self) -> Strategy:
-        """The rules that lead to these places."""
-        names: dict[Method, list[str]] = {}
-        for name, method in self.methods.items():
-            names.setdefault(method, []).append(re.escape(name))
-        return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
-
-
-def held(method: Method, dtype: torch.dtype, tensors: Tensors) -> Method:
-    """The method, holding its tensors in the widest of the file's element types if it can and the parameter's is another."""
-    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-    if isinstance(method, Decomposed):
-        return method.replace(of=held(method.of, dtype, tensors))
-    return method.replace(dtype=widest) if isinstance(method, (LoRA, LoHa, LoKr)) and widest != dtype else method
-
-
-def fitted(tensor: Tensor, shape: torch.Size, local: str, found: ModuleTensors) -> Tensor:
-    """A file's tensor in our shape, from which it may differ by dimensions of size 1 and by a flattened kernel.
+        path: the file.
 
     Raises:
-        FileError: if it differs otherwise.
+        FileError: if the file is missing, damaged or a pickle.
+
+    Example:
+        >>> import os, tempfile, torch, gift_func as gf
+        >>> path = os.path.join(tempfile.mkdtemp(), "lora.safetensors")
+        >>> gf.interop.kohya.save(gf.adapt(torch.nn.Linear(4, 2), gf.LoRA(rank=2)), path)
+        >>> gf.interop.kohya.metadata(path)["ss_network_dim"]
+        '2'
     """
-    same = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
-    flat = tensor.ndim > len(shape) == 2 and tensor.flatten(1).shape == shape
-    if not same and not flat:
-        raise FileError(f"{found.called} is to have {local} of shape {tuple(shape)}, and has {tuple(tensor.shape)}")
-    return tensor.reshape(shape)
+    with _pickles_named(Path(path)):
+        return safetensors_io.read_metadata(Path(path))
+
+
+@contextmanager
+def _pickles_named(path: Path) -> Iterator[None]:
+    """Say so where the file that cannot be read is a pickle, as older files are."""
+    try:
+        yield
+    except FileError:
+        start = b""
+        if path.is_file():
+            with open(path, "rb") as file:
+                start = file.read(2)
+        if start in (b"PK", b"\x80\x02"):
+            raise FileError(
+                f"{path} is a pickle, which is not read: loading one can run any code. Convert it to safetensors where you "
+                "trust it."
+            ) from None
+        raise

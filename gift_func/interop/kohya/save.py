@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ... import safetensors_io
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError
-from ...files import unshared, write_whole
 from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
@@ -62,14 +61,11 @@ def save(
         >>> sorted(load_file(path))
         ['lycoris_0.alpha', 'lycoris_0.lora_down.weight', 'lycoris_0.lora_up.weight']
     """
-    tensors = tensors_of(adapted, prefix)
-    meta = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
-    if meta is not None:
-        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
-    tensors = unshared({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
-    data = safetensors_bytes(tensors)
-    about = {**network(adapted), "sshs_model_hash": digest(data), **(metadata or {})}
-    write_whole(Path(path), with_metadata(data, {key: str(value) for key, value in about.items()}))
+    data = safetensors_io.to_bytes(tensors_of(adapted, prefix))
+    # The hash by which kohya's scripts know a network.
+    model_hash = hashlib.sha256(safetensors_io.without_header(data)).hexdigest()
+    about = {**network_metadata(adapted), "sshs_model_hash": model_hash, **(metadata or {})}
+    safetensors_io.write(Path(path), safetensors_io.with_metadata(data, {key: str(value) for key, value in about.items()}))
 
 
 def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
@@ -104,7 +100,7 @@ def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
     return made
 
 
-def network(adapted: AdaptedModel) -> dict[str, str]:
+def network_metadata(adapted: AdaptedModel) -> dict[str, str]:
     """What readers of metadata look for: which kind of network it is, its dimension and alpha."""
     methods = [part.method.of if isinstance(part.method, Decomposed) else part.method for part in adapted.parts]
     algos = [WRITERS[type(method)][0] for method in methods if type(method) in WRITERS]
@@ -120,22 +116,6 @@ def network(adapted: AdaptedModel) -> dict[str, str]:
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic" if alphas else "None",
         "ss_network_args": json.dumps(args),
     }
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 of a safetensors file without its header, by which kohya's scripts know a network."""
-    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-
-
-def with_metadata(data: bytes, about: Mapping[str, str]) -> bytes:
-    """A safetensors file without metadata, with some.
-
-    Safetensors itself writes several entries in no fixed order, and equal adapters are to make equal files.
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps({"__metadata__": dict(about), **json.loads(data[8:end])}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _site(part: AdaptedParameter, groups: Mapping[str, list[Site]]) -> Site:

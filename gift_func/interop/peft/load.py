@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from einops import EinopsError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ... import safetensors_io
 from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
@@ -82,15 +82,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         FileError: if it is missing, damaged, or a pickle.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise FileError(
-                f"{folder} holds its weights as a pickle, adapter_model.bin, which is not read: loading one can run any "
-                "code. Convert it where you trust it: load it with PEFT and call save_pretrained."
-            )
-        raise FileError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise FileError(
+            f"{folder} holds its weights as a pickle, adapter_model.bin, which is not read: loading one can run any code. "
+            "Convert it where you trust it: load it with PEFT and call save_pretrained."
+        )
+    return safetensors_io.read(path)[0]

@@ -6,11 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from safetensors.torch import save as safetensors_bytes
-
+from ... import safetensors_io
 from ...adapted_model import AdaptedModel
-from ...errors import AdaptError
-from ...files import unshared, write_whole
 from . import config as configs
 from .formats import kind_of
 from .load import WEIGHTS
@@ -56,18 +53,15 @@ def save(
     else:
         KINDS[kind].draft(draft)
     draft.finish()
-    meta = next((key for key, tensor in draft.tensors.items() if tensor.is_meta), None)
-    if meta is not None:
-        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
+    data = safetensors_io.to_bytes(draft.tensors, {"format": "pt"})
     root = draft.root
     source = base_model or getattr(root, "name_or_path", None) or None
     about = {"base_model_name_or_path": source, "peft_type": kind, "task_type": task_type}
     if task_type is None:
         about["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     config = {**configs.COMMON, **draft.config, **about}
-    data = safetensors_bytes(unshared({key: tensor.contiguous() for key, tensor in draft.tensors.items()}), {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / WEIGHTS, data)
-    write_whole(folder / configs.FILE, text.encode())
+    safetensors_io.write(folder / WEIGHTS, data)
+    safetensors_io.write(folder / configs.FILE, text.encode())
