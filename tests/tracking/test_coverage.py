@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import get_testing_overrides
 
 from gift_func.tracking.replay import READERS
-from gift_func.tracking.sample_axis import RULES
+from gift_func.tracking.table import RULES
 from gift_func.weights.names import METADATA
 
 LIST = Path(__file__).with_name("without_rules.txt")
