@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tracking.replay import DivergedError
-from ..tracking.sample_axis import SampleAxis, rows_of
+from ..tracking.sample_axis import SampleAxis, sample_axis_of
 
 Use = tuple[str, int, int]
 
@@ -60,7 +60,7 @@ class Segments:
                 raise DivergedError
             met.append(self.way[at])
             return True
-        rows = rows_of(x)
+        rows = sample_axis_of(x)
         found = isinstance(rows, SampleAxis) and rows.axis == 0 and rows.owners is None and x.shape[0] == rows.inner * self.size
         if not found:
             self.met = None
