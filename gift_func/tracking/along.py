@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .elementwise import elementwise
+from .elementwise import track_elementwise
 from .layout import UNTRACKED, SampleAxis, Tag, picked
-from .table import Args, BatchInfo, Kwargs, Rule, argument, broadcast, only_first, rule_for, tensors
+from .table import Args, BatchInfo, Kwargs, TrackingRule, argument, broadcast, only_first, rule_for, tensors
 
 
 def _reduced(tag: Tag, n: int, dims: Any, result: Any) -> Tag:
@@ -26,7 +26,7 @@ def _reduced(tag: Tag, n: int, dims: Any, result: Any) -> Tag:
     return tag if out.dim() == n else tag.on(tag.axis - sum(dim < tag.axis for dim in gone))
 
 
-def _reduction(position: int, default: Any = None) -> Rule:
+def _reduction(position: int, default: Any = None) -> TrackingRule:
     def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
         x, tag = only_first(args, kwargs)
         return _reduced(tag, x.dim(), argument(args, kwargs, position, "dim", default), result)
@@ -43,15 +43,15 @@ rule_for("kthvalue")(_reduction(2, -1))
 
 
 @rule_for("max min")
-def extreme(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+def track_extreme(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
     """Elementwise for two tensors, otherwise a reduction."""
     if (len(args) > 1 and isinstance(args[1], Tensor)) or "other" in kwargs:
-        return elementwise(batch, args, kwargs, result)
+        return track_elementwise(batch, args, kwargs, result)
     x, tag = only_first(args, kwargs)
     return _reduced(tag, x.dim(), argument(args, kwargs, 1, "dim"), result)
 
 
-def _unreduced(position: int, default: Any = None, name: str = "dim") -> Rule:
+def _unreduced(position: int, default: Any = None, name: str = "dim") -> TrackingRule:
     def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
         x, tag = only_first(args, kwargs)
         dim = argument(args, kwargs, position, name, default)
@@ -72,14 +72,14 @@ rule_for(Tensor.unfold)(_unreduced(1, None, "dimension"))
 
 
 @rule_for("layer_norm rms_norm")
-def layer_norm(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_layer_norm(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Normalisation over the last axes."""
     x, tag = only_first(args, kwargs)
     last = x.dim() - len(argument(args, kwargs, 1, "normalized_shape"))
     return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis >= last else tag
 
 
-def _pairwise(position: int | None, default: int) -> Rule:
+def _pairwise(position: int | None, default: int) -> TrackingRule:
     def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
         a, b = list(tensors(args, kwargs))[:2]
         shape = torch.broadcast_shapes(a.shape, b.shape)
@@ -93,7 +93,7 @@ rule_for("cosine_similarity")(_pairwise(2, 1))
 rule_for("pairwise_distance")(_pairwise(None, -1))
 
 
-def _sorting(position: int) -> Rule:
+def _sorting(position: int) -> TrackingRule:
     """Sorting along another axis than the sample axis; a vector may be sorted along it, since the order is known."""
 
     def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
@@ -113,7 +113,7 @@ rule_for("topk")(_sorting(2))
 
 
 @rule_for("multinomial")
-def multinomial(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_multinomial(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Draws along the last axis."""
     x, tag = only_first(args, kwargs)
     return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis == x.dim() - 1 else tag

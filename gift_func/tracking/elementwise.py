@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import KEY, UNTRACKED, SampleAxis, Tag
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag
 from .table import (
     TOLERANT,
     Args,
@@ -67,7 +67,7 @@ _LOSSES = """
 
 
 @rule_for(" ".join([*_BOTH, *(f"{name}_" for name in _BOTH), _DUNDERS, _OPERATORS]))
-def elementwise(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+def track_elementwise(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
     """Arguments are broadcast; those with a sample axis must have the same samples along it."""
     if not isinstance(result, Tensor):
         # torch.where(mask) returns positions, which are data to index with; `getitem` finds the samples of what they select.
@@ -79,7 +79,7 @@ def elementwise(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> An
     found: Tag = None
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            tag = value.__dict__.get(KEY)
+            tag = value.__dict__.get(TAG_KEY)
             if tag is not None and tag is not found:
                 if found is not None or value.shape != shape or type(tag) is not SampleAxis:
                     return broadcast(tensors(args, kwargs), shape, batch)
@@ -91,43 +91,43 @@ TOLERANT.update(functions("where"))
 
 
 @rule_for(_UNARY, tolerant=True)
-def unary(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+def track_unary(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """The result's values depend on the first argument only, and not on a tensor given for its dtype, say."""
     return tag_of(args[0] if args else next(iter(kwargs.values())))
 
 
 @rule_for("bucketize isin prelu", tolerant=True)
-def by_table(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+def track_by_table(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """The first argument's sample axis; no other argument may have a tag."""
     return only_first(args, kwargs)[1]
 
 
 @rule_for(_CONSTANT, tolerant=True)
-def constant(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+def track_constant(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """The result does not depend on the batch's values, or consists of positions to index with."""
     return None
 
 
 @rule_for("full_like fill_ fill", tolerant=True)
-def filled(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+def track_filled(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """A constant, unless the fill value has a tag."""
     return UNTRACKED if any(tag_of(value) is not None for value in tensors(args[1:], kwargs)) else None
 
 
 @rule_for("copy_", tolerant=True)
-def copied(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_copied(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The source's samples; what the target contained before does not matter."""
     return aligned(args[1] if len(args) > 1 else kwargs["src"], result.shape, batch)
 
 
 @rule_for(_LOSSES)
-def loss(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_loss(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Elementwise with `reduction="none"`; the default mixes the samples."""
-    return elementwise(batch, args, kwargs, result) if kwargs.get("reduction") == "none" else UNTRACKED
+    return track_elementwise(batch, args, kwargs, result) if kwargs.get("reduction") == "none" else UNTRACKED
 
 
 @rule_for("cross_entropy nll_loss")
-def classes(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_classes(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Classes are on axis 1 of the input, and of the target if it has as many axes."""
     scores = args[0]
     if kwargs.get("reduction") != "none" or scores.dim() < 2:

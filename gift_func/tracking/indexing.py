@@ -31,7 +31,7 @@ def steps_of(index: Any, n: int, batch: BatchInfo) -> list[Item] | None:
         if isinstance(step, bool) or (isinstance(step, Tensor) and step.dim() == 0 and step.dtype == torch.bool):
             return None
         if isinstance(step, Tensor) and step.dtype == torch.bool:
-            steps.extend(_positions(step, batch))
+            steps.extend(_mask_positions(step, batch))
         elif isinstance(step, Tensor) and step.dim() == 0 and tag_of(step) is None:
             steps.append(int(step))
         else:
@@ -47,7 +47,7 @@ def steps_of(index: Any, n: int, batch: BatchInfo) -> list[Item] | None:
     return items
 
 
-def _positions(mask: Tensor, batch: BatchInfo) -> Sequence[Tensor]:
+def _mask_positions(mask: Tensor, batch: BatchInfo) -> Sequence[Tensor]:
     """A mask's positions, one vector for each of its axes; each position is of the sample of that element of the mask."""
     found = mask.nonzero(as_tuple=True)
     tag = tag_of(mask)
@@ -157,7 +157,7 @@ def _only_slices(tag: SampleAxis, index: Sequence[Any], n: int) -> SampleAxis | 
 
 
 @rule_for("__getitem__", tolerant=True)
-def getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by index. A row of a tensor without a tag, such as a table, is of the sample of the index that selects it."""
     x, index = args
     tag = tag_of(x)
@@ -176,7 +176,7 @@ def getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag
 
 
 @rule_for("index_select", tolerant=True)
-def index_select(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_index_select(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     items = along(x, dim, index.reshape(-1) if index.dim() == 0 else index, batch)
@@ -191,7 +191,7 @@ def along(x: Tensor, dim: int, index: Tensor, batch: BatchInfo) -> list[Item]:
 
 
 @rule_for("gather take_along_dim", tolerant=True)
-def gather(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_gather(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by an index for every element along an axis."""
     x = args[0] if args else kwargs["input"]
     given = {"dim": kwargs.get("dim"), "index": kwargs.get("index", kwargs.get("indices"))}
@@ -209,13 +209,13 @@ def gather(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for(F.embedding)
-def embedding(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_embedding(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A row of the table for every index."""
     return only_first(args, kwargs)[1]
 
 
 @rule_for(F.embedding_bag)
-def embedding_bag(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_embedding_bag(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Bags of one size: `[bags, indices]`, and weights of the same shape."""
     bags, weights = args[0] if args else kwargs["input"], argument(args, kwargs, 7, "per_sample_weights")
     if bags.dim() == 2:

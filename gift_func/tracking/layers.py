@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import UNTRACKED, SampleAxis, Tag, Untracked, agree, merge
-from .table import Args, BatchInfo, Kwargs, Rule, argument, only_first, rule_for, tag_of
+from .table import Args, BatchInfo, Kwargs, TrackingRule, argument, only_first, rule_for, tag_of
 
 
-def _batched(n: int) -> Rule:
+def _batched(n: int) -> TrackingRule:
     """Samples on the first axis of an input that has that axis, a channel axis and n more."""
 
     def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
@@ -30,7 +30,7 @@ for _n in (1, 2, 3):
 
 
 @rule_for("batch_norm instance_norm group_norm local_response_norm interpolate upsample upsample_nearest upsample_bilinear")
-def on_first(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+def track_on_first(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """Samples on the first axis. Statistics of the batch mix values, as without adapters, but each row stays its sample's."""
     _, tag = only_first(args, kwargs)
     return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis != 0 else tag
@@ -41,14 +41,14 @@ rule_for(F.fold)(_batched(1))
 
 
 @rule_for("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle")
-def leading(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_leading(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last three axes are rearranged."""
     x, tag = only_first(args, kwargs)
     return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis >= x.dim() - 3 else tag
 
 
 @rule_for("grid_sample affine_grid")
-def sampled(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_sampled(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Samples on the first axis of the input and of the grid."""
     found: Tag = None
     for value in (*args, *kwargs.values()):
@@ -60,7 +60,7 @@ def sampled(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag
 
 
 @rule_for("multi_head_attention_forward")
-def multi_head_attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+def track_multi_head_attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
     """Queries, keys and values `[L, N, E]`: samples on axis 1; of the attention weights `[N, L, S]`, on axis 0."""
     found: Tag = None
     size = args[0].shape[1]
@@ -91,7 +91,7 @@ def multi_head_attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: A
 
 
 @rule_for("lstm gru rnn_tanh rnn_relu")
-def recurrent(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+def track_recurrent(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
     """Samples on axis 1, or 0 with `batch_first`; of the states always on axis 1. Packed sequences mix them."""
     state = args[1]
     if len(args) != 9 or isinstance(args[2], Tensor):
@@ -114,7 +114,7 @@ def recurrent(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
 
 
 @rule_for("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
-def recurrent_cell(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+def track_recurrent_cell(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
     """One step: samples on the first axis of the input and of the states."""
     state = args[1]
     states = list(state) if isinstance(state, (tuple, list)) else [state]

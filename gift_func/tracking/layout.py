@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-KEY = "_gift_func_tag"
+TAG_KEY = "_gift_func_tag"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,7 +59,7 @@ Tag: TypeAlias = SampleAxis | Untracked | None
 
 def sample_axis_of(tensor: Tensor) -> Tag:
     """A tensor's tag: its sample axis, `Untracked`, or None if it was not made from the batch."""
-    found: Tag = tensor.__dict__.get(KEY)
+    found: Tag = tensor.__dict__.get(TAG_KEY)
     return found
 
 
@@ -81,9 +81,9 @@ def tag(tensor: Tensor, value: Tag) -> Tensor:
 def set_tag(tensor: Tensor, value: Tag) -> None:
     """Set a tensor's tag, or remove it."""
     if value is not None:
-        tensor.__dict__[KEY] = value
-    elif KEY in tensor.__dict__:
-        del tensor.__dict__[KEY]
+        tensor.__dict__[TAG_KEY] = value
+    elif TAG_KEY in tensor.__dict__:
+        del tensor.__dict__[TAG_KEY]
 
 
 def owner_index(samples: SampleAxis, size: int, batch: int, device: torch.device | str | None = None) -> Tensor:
@@ -148,7 +148,7 @@ def picked(samples: SampleAxis, size: int, index: Tensor | slice, batch: int) ->
 
 
 def reshaped(samples: SampleAxis, shape: Sequence[int], new_shape: Sequence[int], batch: int) -> Tag:
-    """The tag after a reshape., which keeps the elements in row-major order.
+    """The tag after a reshape, which keeps the elements in row-major order.
 
     In a regular layout `inner * prod(shape[axis + 1:])` consecutive elements belong to one sample. An axis of the new
     shape is the sample axis if such a block is a whole number of its indices, and the samples begin again with it.

@@ -19,25 +19,25 @@ def _matmul_labels(n: int, left: bool, matrix: Sequence[str] = ("n", "k", "m")) 
 
 
 @rule_for("matmul mm bmm mv dot vdot __matmul__")
-def matmul(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_matmul(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., n, k] @ [..., k, m]`, and vectors in either place."""
     a, b = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
-    return _product(None, a, b, result, batch)
+    return _product_tag(None, a, b, result, batch)
 
 
 @rule_for("__rmatmul__")
-def reversed_matmul(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_reversed_matmul(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`matmul` with its operands swapped."""
-    return _product(None, args[1], args[0], result, batch)
+    return _product_tag(None, args[1], args[0], result, batch)
 
 
 @rule_for("addmm baddbmm addmv addmm_ baddbmm_ addmv_")
-def added(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_added(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A product added to a tensor that is broadcast to its shape."""
-    return _product(args[0], args[1], args[2], result, batch)
+    return _product_tag(args[0], args[1], args[2], result, batch)
 
 
-def _product(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: BatchInfo) -> Tag:
+def _product_tag(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: BatchInfo) -> Tag:
     out = [*range(max(a.dim(), b.dim()) - 3, -1, -1), *(["n"] if a.dim() > 1 else []), *(["m"] if b.dim() > 1 else [])]
     operands = [(a, _matmul_labels(a.dim(), True)), (b, _matmul_labels(b.dim(), False))]
     if onto is not None:
@@ -46,7 +46,7 @@ def _product(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: B
 
 
 @rule_for("linear")
-def linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., k]` times `[m, k]`, plus `[m]`."""
     x = args[0] if args else kwargs["input"]
     tag = tag_of(x)
@@ -60,7 +60,7 @@ def linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("bilinear")
-def bilinear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_bilinear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., i]` and `[..., j]` through `[m, i, j]`."""
     weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
     lead = list(range(result.dim() - 1))
@@ -74,13 +74,13 @@ def bilinear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Ta
 
 
 @rule_for("outer ger")
-def outer(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_outer(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[n]` times `[m]`."""
     return contract([(args[0], "n"), (args[1], "m")], "nm", result.shape, batch)
 
 
 @rule_for("cdist")
-def cdist(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_cdist(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., n, k]` from `[..., m, k]`."""
     a, b = args[0], args[1]
     right = [*range(b.dim() - 3, -1, -1), "m", "k"]
@@ -89,7 +89,7 @@ def cdist(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("einsum")
-def einsum(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_einsum(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The equation's letters are the labels; the axes of an ellipsis are numbered from the right."""
     if not isinstance(args[0], str):
         return UNTRACKED
@@ -109,7 +109,7 @@ def _letters(term: str, n: int) -> list[Any]:
 
 
 @rule_for("scaled_dot_product_attention")
-def attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., L, E]`, `[..., S, E]` and `[..., S, Ev]`: samples on a leading axis, or on the queries alone."""
     labels = (["l", "e"], ["s", "e"], ["s", "v"], ["l", "s"])
     given = [argument(args, kwargs, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask"))]
@@ -120,11 +120,11 @@ def attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> T
 
 
 @rule_for("grouped_mm _grouped_mm", tolerant=True)
-def grouped_mm(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_grouped_mm(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Groups of rows, each times its own matrix; where the groups end does not change which sample a row is of."""
     tag, other = tag_of(args[0]), tag_of(args[1])
     if args[0].dim() == args[1].dim() == 3:
-        return _product(None, args[0], args[1], result, batch)
+        return _product_tag(None, args[0], args[1], result, batch)
     if other is not None or args[0].dim() != 2 or args[1].dim() != 3:
         return UNTRACKED
     return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis == 1 else tag

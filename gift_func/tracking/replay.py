@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .table import TorchFunction
+from ..weights.slot import TorchFunction
 
 Answer = bool | int | float
 READERS: frozenset[TorchFunction] = frozenset(

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ..weights.names import METADATA
-from .layout import KEY, UNTRACKED, SampleAxis, Tag, Untracked, owner_index, sample_axis_of, set_tag, tag
+from ..weights.slot import TorchFunction
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, owner_index, sample_axis_of, set_tag, tag
 from .replay import READERS, Answer
-from .table import RULES, TOLERANT, BatchInfo, Kwargs, TorchFunction
+from .table import TOLERANT, TRACKING_RULES, BatchInfo, Kwargs
 
 __all__ = ["SampleAxis", "TrackSamples", "Untracked", "owner_index", "sample_axis_of", "tag"]
 
@@ -72,7 +73,7 @@ class TrackSamples(TorchFunctionMode):
         untracked: Tag = None
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Tensor):
-                found = value.__dict__.get(KEY)
+                found = value.__dict__.get(TAG_KEY)
                 if found is not None:
                     tagged = True
                     if type(found) is Untracked:
@@ -80,7 +81,7 @@ class TrackSamples(TorchFunctionMode):
             elif type(value) is list or type(value) is tuple:
                 for item in value:
                     if isinstance(item, Tensor):
-                        found = item.__dict__.get(KEY)
+                        found = item.__dict__.get(TAG_KEY)
                         if found is not None:
                             tagged = True
                             if type(found) is Untracked:
@@ -106,7 +107,7 @@ class TrackSamples(TorchFunctionMode):
         if "out" in kwargs:
             written = True
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        rule = RULES.get(func)
+        rule = TRACKING_RULES.get(func)
         made: Any
         if untracked is not None and func not in TOLERANT:
             made = untracked
@@ -121,7 +122,7 @@ class TrackSamples(TorchFunctionMode):
         if made is UNTRACKED:
             made = untracked or Untracked(_name(func))
         if not written and type(made) is SampleAxis and isinstance(target, Tensor):
-            target.__dict__[KEY] = made
+            target.__dict__[TAG_KEY] = made
         else:
             _tag_result(target, made, func, written)
 
@@ -185,7 +186,7 @@ def _has_mask(index: Any) -> bool:
 
 
 _WRITERS = frozenset([Tensor.__setitem__, Tensor.data.__set__])  # type: ignore[attr-defined]  # a getset descriptor to Python
-_RULE_OF_DATA = RULES.setdefault(Tensor.data.__set__, lambda batch, args, kwargs, result: sample_axis_of(args[1]))  # type: ignore[attr-defined]
+_RULE_OF_DATA = TRACKING_RULES.setdefault(Tensor.data.__set__, lambda batch, args, kwargs, result: sample_axis_of(args[1]))  # type: ignore[attr-defined]
 
 
 @cache

@@ -21,7 +21,7 @@ def _remaining(args: Args, kwargs: Kwargs, name: str) -> list[int]:
 
 
 @rule_for("view reshape flatten unflatten ravel view_as reshape_as _unsafe_view", tolerant=True)
-def reshape(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_reshape(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A reshape, in which the elements keep their order."""
     tag = tag_of(args[0])
     if not isinstance(tag, SampleAxis):
@@ -35,7 +35,7 @@ def reshape(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag
 
 
 @rule_for("squeeze")
-def squeeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_squeeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes of size 1 are removed; if the sample axis is, the result is untracked."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis):
@@ -46,7 +46,7 @@ def squeeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag
 
 
 @rule_for("unsqueeze")
-def unsqueeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_unsqueeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A new axis of size 1."""
     _, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim") % result.dim()
@@ -54,7 +54,7 @@ def unsqueeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> T
 
 
 @rule_for("transpose swapaxes swapdims t adjoint .T .mT .H .mH")
-def transpose(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_transpose(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Two axes are swapped; without arguments the last two, or all axes are reversed."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis):
@@ -73,7 +73,7 @@ def transpose(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> T
 
 
 @rule_for("permute")
-def permute(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_permute(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The axes are put in a given order."""
     x, tag = only_first(args, kwargs)
     order = [dim % x.dim() for dim in _remaining(args, kwargs, "dims")]
@@ -81,7 +81,7 @@ def permute(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag
 
 
 @rule_for("movedim moveaxis")
-def movedim(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_movedim(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Some axes are moved; the others keep their order."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis):
@@ -97,20 +97,20 @@ def _moved(n: int, args: Args, kwargs: Kwargs) -> list[int]:
 
 
 @rule_for("expand expand_as broadcast_to", tolerant=True)
-def expand(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_expand(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The first argument is broadcast; of a second one only the shape is used."""
     return aligned(args[0], result.shape, batch)
 
 
 @rule_for("broadcast_tensors")
-def broadcast_all(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) -> list[Tag]:
+def track_broadcast_all(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) -> list[Tag]:
     """Each tensor keeps its own samples."""
     given = args[0] if isinstance(args[0], Sequence) else args
     return [aligned(tensor, out.shape, batch) for tensor, out in zip(given, result, strict=True)]
 
 
 @rule_for("repeat tile")
-def repeat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_repeat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The whole tensor is repeated along axes."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis):
@@ -122,7 +122,7 @@ def repeat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("repeat_interleave")
-def repeat_interleave(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_repeat_interleave(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Each index along an axis is repeated, all equally often or each by its own count."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis):
@@ -144,7 +144,7 @@ def repeat_interleave(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tens
 
 
 @rule_for("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split")
-def split(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) -> Any:
+def track_split(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) -> Any:
     """Consecutive pieces of an axis."""
     x, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 2, "dim", 0) % x.dim()
@@ -156,7 +156,7 @@ def split(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]
 
 
 @rule_for("unbind select")
-def drop(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+def track_drop(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """Each index of an axis becomes a tensor without that axis; if it is the sample axis, the results are untracked."""
     x, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim", 0) % x.dim()
@@ -166,7 +166,7 @@ def drop(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
 
 
 @rule_for("narrow")
-def narrow(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_narrow(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A part of an axis."""
     x, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim") % x.dim()
@@ -178,7 +178,7 @@ def narrow(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("flip fliplr flipud")
-def flip(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_flip(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes are reversed."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis) or len(args) + len(kwargs) == 1:
@@ -189,7 +189,7 @@ def flip(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("roll")
-def roll(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_roll(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes are shifted cyclically."""
     x, tag = only_first(args, kwargs)
     shifts, dims = argument(args, kwargs, 1, "shifts"), argument(args, kwargs, 2, "dims")
@@ -203,7 +203,7 @@ def roll(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("cat concat concatenate hstack")
-def cat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_cat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Tensors are joined along an axis; if it is the sample axis of one, it must be that of all."""
     given = [tensor for tensor in args[0] if tensor.dim() == result.dim()] if args else list(kwargs["tensors"])
     n = result.dim()
@@ -217,7 +217,7 @@ def cat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     if any(isinstance(tag, SampleAxis) and tag.axis == dim for tag in tags):
         if not all(isinstance(tag, SampleAxis) and tag.axis == dim for tag in tags):
             return UNTRACKED
-        return _joined(
+        return _joined_axes(
             [tag for tag in tags if isinstance(tag, SampleAxis)], [t.shape[dim] for t in given], batch, result.device
         )
     for tag in tags:
@@ -225,7 +225,7 @@ def cat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     return found
 
 
-def _joined(tags: Sequence[SampleAxis], sizes: Sequence[int], batch: BatchInfo, device: torch.device) -> SampleAxis:
+def _joined_axes(tags: Sequence[SampleAxis], sizes: Sequence[int], batch: BatchInfo, device: torch.device) -> SampleAxis:
     first = tags[0]
     if all(tag.owners is None and tag.inner == first.inner for tag in tags):
         return first
@@ -237,7 +237,7 @@ def _joined(tags: Sequence[SampleAxis], sizes: Sequence[int], batch: BatchInfo, 
 
 
 @rule_for("stack")
-def stack(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_stack(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Tensors are joined along a new axis."""
     dim = argument(args, kwargs, 1, "dim", 0) % result.dim()
     found: Tag = None
@@ -250,7 +250,7 @@ def stack(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("pad constant_pad_nd")
-def pad(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_pad(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axes are padded; the sample axis must not be."""
     x, tag = only_first(args, kwargs)
     if not isinstance(tag, SampleAxis):
@@ -261,7 +261,7 @@ def pad(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
 
 
 @rule_for("view_as_complex view_as_real")
-def pairs(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_pairs(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axis holds the real and the imaginary part."""
     x, tag = only_first(args, kwargs)
     return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis >= min(x.dim(), result.dim()) else tag

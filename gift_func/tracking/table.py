@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..weights.names import getter
-from .layout import KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed
+from ..weights.slot import TorchFunction
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed
 
-TorchFunction = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 
@@ -37,16 +37,16 @@ class BatchInfo:
                 known.append(tag)
 
 
-class Rule(Protocol):
+class TrackingRule(Protocol):
     """A function that returns the tag of a torch function's result, or a list of tags for a result of several tensors."""
 
     def __call__(self, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any, /) -> Any:
         """The tag or tags, given the call's arguments and what the function returned."""
 
 
-AnyRule = TypeVar("AnyRule", bound=Rule)
+AnyTrackingRule = TypeVar("AnyTrackingRule", bound=TrackingRule)
 
-RULES: dict[TorchFunction, Rule] = {}
+TRACKING_RULES: dict[TorchFunction, TrackingRule] = {}
 TOLERANT: set[TorchFunction] = set()
 """Functions whose rule is called even if an argument is untracked, since the result may not depend on that argument."""
 
@@ -68,7 +68,7 @@ def functions(names: str | TorchFunction) -> Iterator[TorchFunction]:
                 yield function
 
 
-def rule_for(names: str | TorchFunction, tolerant: bool = False) -> Callable[[AnyRule], AnyRule]:
+def rule_for(names: str | TorchFunction, tolerant: bool = False) -> Callable[[AnyTrackingRule], AnyTrackingRule]:
     """Register a rule for all torch functions with these names.
 
     Args:
@@ -77,9 +77,9 @@ def rule_for(names: str | TorchFunction, tolerant: bool = False) -> Callable[[An
         tolerant: call the rule even if an argument is untracked.
     """
 
-    def register(rule: AnyRule) -> AnyRule:
+    def register(rule: AnyTrackingRule) -> AnyTrackingRule:
         for function in functions(names):
-            RULES[function] = rule
+            TRACKING_RULES[function] = rule
             if tolerant:
                 TOLERANT.add(function)
         return rule
@@ -99,7 +99,7 @@ def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any 
 def tag_of(value: Any) -> Tag:
     """The tag of an argument; None if it is no tensor."""
     if isinstance(value, Tensor):
-        found: Tag = value.__dict__.get(KEY)
+        found: Tag = value.__dict__.get(TAG_KEY)
         return found
     return None
 
@@ -122,7 +122,7 @@ def only_first(args: Args, kwargs: Kwargs, name: str = "input") -> tuple[Tensor,
         return first, tag_of(first)
     found = tag_of(first)
     for value in tensors(args, kwargs):
-        if value is not first and KEY in value.__dict__:
+        if value is not first and TAG_KEY in value.__dict__:
             return first, UNTRACKED
     return first, found
 

@@ -42,7 +42,7 @@ def written(batch: BatchInfo, target: Tensor, items: Sequence[Item], value: Any)
 
 
 @rule_for("__setitem__", tolerant=True)
-def setitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: None) -> Tag:
+def track_setitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: None) -> Tag:
     """`x[index] = value`."""
     x, index, value = args
     items = steps_of(index, x.dim(), batch)
@@ -52,7 +52,7 @@ def setitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: None) -> Tag:
 
 
 @rule_for("index_add index_add_ index_copy index_copy_ index_fill index_fill_ index_reduce index_reduce_", tolerant=True)
-def index_write(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_index_write(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Writing by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     value = args[3] if len(args) > 3 else kwargs.get("source", kwargs.get("value"))
@@ -60,7 +60,7 @@ def index_write(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) ->
 
 
 @rule_for("index_put index_put_", tolerant=True)
-def index_put(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_index_put(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Writing by several index tensors."""
     x = args[0]
     indices, value = argument(args, kwargs, 1, "indices"), argument(args, kwargs, 2, "values")
@@ -69,7 +69,7 @@ def index_put(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> T
 
 
 @rule_for("scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_")
-def scatter(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_scatter(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Writing by an index for every element along an axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim") % args[0].dim(), argument(args, kwargs, 2, "index")
     value = args[3] if len(args) > 3 else kwargs.get("src", kwargs.get("value"))
@@ -90,6 +90,6 @@ def scatter(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag
 
 
 @rule_for("masked_scatter masked_scatter_ put_ put")
-def mixed(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def track_mixed(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Elements are taken in order, whatever sample they are of."""
     return UNTRACKED
