@@ -14,8 +14,9 @@ from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
 from ...network.frozen_base import BaseView, FrozenBase
+from ..strategy_of import strategy_of
 from .module_tensors import ModuleTensors, Tensors
-from .names import Names, Prefix, prefix_of
+from .names import ModuleNames, Prefix, prefix_of
 from .reader import KohyaReader
 
 
@@ -24,7 +25,7 @@ def load(
 ) -> AdaptedModel:
     """Read an adapter of kohya's scripts or of LyCORIS, or one that `save` wrote, onto a model. Nothing is unpickled.
 
-    Read are LoRA (LoCon, with Tucker cores, with alpha or without), LoHa, LoKr, each with DoRA's magnitudes on either side,
+    It reads LoRA (LoCon, with Tucker cores, with alpha or without), LoHa, LoKr, each with DoRA's magnitudes on either side,
     diag-OFT, IA3, and changes in full of weights, biases and norms. Every tensor must have its place in the model; a
     factor of a linear layer may be stored as that of a convolution of size 1, and the other way round.
 
@@ -36,7 +37,7 @@ def load(
         path: the file, safetensors.
         prefix: how the file's names begin before the model's own: `"lora_unet"`, say, or `"lora_te_text_model"` for a
             CLIPTextModel of transformers 5, which has no `text_model` inside any more. For a file that is for several
-            models, which module each beginning stands for, with None for what is to be passed over:
+            models, which module each beginning stands for, with None for those to skip:
             `{"lora_unet": "unet", "lora_te": "text_encoder"}` or `{"lora_unet": "", "lora_te": None}`. By default the
             file's own, if it is one of those in use.
 
@@ -61,19 +62,19 @@ def load(
         tensors, _ = safetensors_io.read(Path(path))
     base = base_of(model)
     try:
-        groups, reader = by_module(tensors), KohyaReader(base)
-        names = Names(base.structure.modules, prefix_of(groups) if prefix is None else prefix)
-        for called, own in groups.items():
-            if not names.passes_over(called):
-                reader.read(ModuleTensors(called, own), names.module(called))
+        groups, reader = grouped_by_module(tensors), KohyaReader(base)
+        names = ModuleNames(base.structure.modules, prefix_of(groups) if prefix is None else prefix)
+        for flat_name, own in groups.items():
+            if not names.skips(flat_name):
+                reader.read(ModuleTensors(flat_name, own), names.module(flat_name))
         if not reader.methods:
             raise FileError("the file adapts nothing" + (" but what is to be passed over" if groups else ""))
-        return readapt(base, reader.strategy(), reader.state)
+        return readapt(base, strategy_of(reader.methods), reader.state)
     except (AdaptError, StateError, FileError) as error:
         raise FileError(f"{os.fspath(path)} does not fit the model: {error}") from None
 
 
-def by_module(tensors: Tensors) -> dict[str, Tensors]:
+def grouped_by_module(tensors: Tensors) -> dict[str, Tensors]:
     """A file's tensors by module, and by what comes after its name.
 
     Raises:
@@ -81,12 +82,12 @@ def by_module(tensors: Tensors) -> dict[str, Tensors]:
     """
     groups: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
-        called, dot, name = key.partition(".")
+        flat_name, dot, name = key.partition(".")
         if not dot:
             raise FileError(
                 f"the file holds {key!r}, and a kohya file's names are '<module>.<tensor>', the module's without dots"
             )
-        groups.setdefault(called, {})[name] = tensor
+        groups.setdefault(flat_name, {})[name] = tensor
     return groups
 
 
