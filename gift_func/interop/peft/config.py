@@ -17,21 +17,21 @@ from ...methods.method import is_a
 Config = dict[str, Any]
 
 FILE = "adapter_config.json"
-VERSION = "0.21.2"
+PEFT_VERSION = "0.21.2"
 """The release of PEFT whose format is written."""
 
-COMMON: Config = {
+COMMON_KEYS: Config = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
     "inference_mode": True,
     "peft_type": "LORA",
-    "peft_version": VERSION,
+    "peft_version": PEFT_VERSION,
     "revision": None,
     "task_type": None,
 }
 """The keys of every method, with their values in a new file."""
 
-LORA: Config = {
+LORA_KEYS: Config = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
     "arrow_config": None,
@@ -82,9 +82,6 @@ UNSUPPORTED = (
 )
 """Keys that change what LoRA's tensors do, and that nothing here does."""
 
-RESIDUAL = ("pissa", "olora")
-"""Initialisations that PEFT takes out of the base's weights, and computes again when it loads a file."""
-
 MUTATING = ("corda", "loftq", "lora_ga", "pissa_niter")
 """Those that rewrite the weights by what no file holds (data, or what was drawn): a change to nobody knows what weights."""
 
@@ -104,7 +101,7 @@ NUMBERS = {"random_loc_seed": int, "random_seed": int}
 """Keys whose default does not tell that they hold a number."""
 
 
-def read(directory: Path) -> Config:
+def read_config(directory: Path) -> Config:
     """The config of a directory, as it is in the file.
 
     Raises:
@@ -145,7 +142,7 @@ def complete(config: Config, known: Config, ignore: Collection[str], unsupported
                 f"{FILE} sets {key}={value!r}, which changes what the adapter computes and is not supported. Merge the "
                 "adapter with PEFT and adapt the result, or train one without it."
             )
-        if key not in known and key not in COMMON:
+        if key not in known and key not in COMMON_KEYS:
             raise FileError(
                 f"{FILE} sets {key}={value!r}, and {config['peft_type']} has no such key here; {nearest(key, known)}. If "
                 f"it does not change what the adapter computes, pass ignore=({key!r},)."
@@ -153,12 +150,12 @@ def complete(config: Config, known: Config, ignore: Collection[str], unsupported
     # An explicit null is an old way to leave a key out.
     given = {key: value for key, value in given.items() if value is not None or known.get(key) is None}
     for key, value in given.items():
-        if not fits(key, value, known.get(key)):
+        if not has_type(key, value, known.get(key)):
             raise FileError(f"{FILE} has {key}={value!r}, which is not what {config['peft_type']} has there")
-    return {**COMMON, **known, **given}
+    return {**COMMON_KEYS, **known, **given}
 
 
-def fits(key: str, value: Any, default: Any) -> bool:
+def has_type(key: str, value: Any, default: Any) -> bool:
     """Whether a value is of the kind that the key holds."""
     if value is None:
         return True
@@ -167,11 +164,11 @@ def fits(key: str, value: Any, default: Any) -> bool:
     if key in LISTS:
         return _all(value, LISTS[key])
     if key == "layers_to_transform":
-        return _is(value, int) or _all(value, int)
+        return _is_instance(value, int) or _all(value, int)
     if key == "trainable_token_indices":
         return _all(value, int) or (isinstance(value, dict) and all(_all(tokens, int) for tokens in value.values()))
     if key.endswith("_pattern"):
-        return isinstance(value, dict) and all(_is(item, (int, float)) or _all(item, bool) for item in value.values())
+        return isinstance(value, dict) and all(_is_instance(item, (int, float)) or _all(item, bool) for item in value.values())
     if key in WORDS:
         return isinstance(value, str)
     if key.startswith("init_") and key != "init_r":
@@ -179,15 +176,15 @@ def fits(key: str, value: Any, default: Any) -> bool:
     kind = NUMBERS.get(key, type(default))
     if kind is type(None):
         return True
-    return _is(value, (int, float) if kind is float or key in ("alpha", "lora_alpha") else kind)
+    return _is_instance(value, (int, float) if kind is float or key in ("alpha", "lora_alpha") else kind)
 
 
-def _is(value: Any, kinds: type | tuple[type, ...]) -> bool:
+def _is_instance(value: Any, kinds: type | tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
 
 
 def _all(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(_is(item, kind) for item in value)
+    return isinstance(value, list) and all(_is_instance(item, kind) for item in value)
 
 
 def check_lora(config: Config) -> None:

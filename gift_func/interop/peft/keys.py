@@ -77,6 +77,11 @@ class Paths:
         return self.outside(module_name) + ".base_layer" * self.wrappers.get(module_name, 0)
 
 
+def ties_embeddings(root: nn.Module) -> bool:
+    """Whether a transformers model's config ties its head to its embedding."""
+    return bool(getattr(getattr(root, "config", None), "tie_word_embeddings", False))
+
+
 def is_target(module: nn.Module) -> bool:
     """Whether PEFT's LoRA adapts such a module by its weight."""
     return isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS)) or is_a(module, HF_CONV1D)

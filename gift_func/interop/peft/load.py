@@ -15,10 +15,11 @@ from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
 from ...network.frozen_base import BaseView, FrozenBase
+from ..strategy_of import strategy_of
 from . import config as configs
-from .lora import plan_lora
+from .formats import PEFT_FORMATS
+from .lora import read_lora_file
 from .reader import PeftReader
-from .table import KINDS
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -55,22 +56,22 @@ def load(
         ['1.lora_B', '1.lora_A']
     """
     folder = Path(directory)
-    config = configs.read(folder)
-    kind = config["peft_type"].upper()
-    if kind != "LORA" and kind not in KINDS:
+    config = configs.read_config(folder)
+    peft_type = config["peft_type"].upper()
+    if peft_type != "LORA" and peft_type not in PEFT_FORMATS:
         raise FileError(
-            f"{folder / configs.FILE} is of peft_type {kind!r}; supported are {', '.join(['LORA', *sorted(KINDS)])}"
+            f"{folder / configs.FILE} is of peft_type {peft_type!r}; supported are {', '.join(['LORA', *sorted(PEFT_FORMATS)])}"
         )
     tensors = read_tensors(folder)
     base = base_of(model)
     try:
-        plan = PeftReader(base, tensors)
-        if kind == "LORA":
-            plan_lora(plan, config, ignore)
+        reader = PeftReader(base, tensors)
+        if peft_type == "LORA":
+            read_lora_file(reader, config, ignore)
         else:
-            KINDS[kind].plan(plan, config, ignore)
-        plan.finish()
-        return readapt(base, plan.strategy(), plan.state)
+            PEFT_FORMATS[peft_type].read_file(reader, config, ignore)
+        reader.finish()
+        return readapt(base, strategy_of(reader.methods), reader.state)
     except (AdaptError, StateError, EinopsError, re.error) as error:
         raise FileError(f"{folder} does not fit the model: {error}") from None
 

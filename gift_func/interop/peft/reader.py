@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,8 +13,8 @@ from ...errors import FileError, nearest
 from ...methods import Full, Method
 from ...network.frozen_base import FrozenBase
 from ...network.module_tree import join
-from ...select import Regex, Site
-from ...strategy import Placement, Strategy
+from ...select import Site
+from ...strategy import Placement
 from .keys import Entry, Paths
 
 
@@ -31,7 +30,7 @@ class PeftReader:
         self.base = base
         self.modules = base.structure.modules
         self.groups = {site.name: group for group in base.sites() for site in group}
-        self.left = dict(tensors)
+        self.remaining = dict(tensors)
         self.state: dict[str, Tensor] = {}
         self.methods: dict[str, Method] = {}
 
@@ -46,9 +45,9 @@ class PeftReader:
         Raises:
             FileError: if it is not there.
         """
-        if key not in self.left:
-            raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.left)}")
-        return self.left.pop(key)
+        if key not in self.remaining:
+            raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.remaining)}")
+        return self.remaining.pop(key)
 
     def place(self, site: Site, method: Method, entries: Sequence[Entry], tied: bool = False) -> None:
         """Adapt a parameter by tensors of the file.
@@ -79,7 +78,7 @@ class PeftReader:
         for local, tensor in found.items():
             self.state[placement.full_name(local)] = tensor
 
-    def same_again(self, site: Site, entries: Sequence[Entry]) -> None:
+    def check_tied(self, site: Site, entries: Sequence[Entry]) -> None:
         """Take the tensors that PEFT writes once more for another place of a tied parameter.
 
         Args:
@@ -131,20 +130,20 @@ class PeftReader:
                 for other in site if ties else []:
                     if not other.name.startswith(inside):
                         key = join(paths.outside(other.module_name), other.param_name)
-                        self.same_again(other, [Entry(key, "")])
+                        self.check_tied(other, [Entry(key, "")])
             for buffer_name in module.state_dict():
-                if f"{path}.{buffer_name}" in self.left and inside + buffer_name not in self.groups:
+                if f"{path}.{buffer_name}" in self.remaining and inside + buffer_name not in self.groups:
                     self.state[inside + buffer_name] = self.take(f"{path}.{buffer_name}")
             for param_name, _ in module.named_parameters():
                 # With bias="all" PEFT also writes the biases under the names they have inside of its wrapper.
                 for wrapper in ("original_module", "modules_to_save"):
-                    self.left.pop(f"{path}.{wrapper}.{param_name}", None)
+                    self.remaining.pop(f"{path}.{wrapper}.{param_name}", None)
 
     def biases(self, paths: Paths) -> None:
         """Read the biases that were trained along."""
         for name, module in self.modules.items():
             key = f"{paths.inside(name)}.bias"
-            if module._parameters.get("bias") is not None and key in self.left:
+            if module._parameters.get("bias") is not None and key in self.remaining:
                 self.place(self.site(name, "bias"), Full(), [Entry(key, "")])
 
     def base_weights(self, paths: Paths) -> None:
@@ -156,13 +155,13 @@ class PeftReader:
         for name, module in self.modules.items():
             for param_name in module._parameters:
                 key = join(paths.inside(name), param_name)
-                if key not in self.left:
+                if key not in self.remaining:
                     continue
                 group = self.groups[join(name, param_name)]
                 weight = self.base.weights[group[0].name].dense()
-                found = self.left[key]
+                found = self.remaining[key]
                 if found.shape == weight.shape and torch.equal(found.to(weight), weight):
-                    del self.left[key]
+                    del self.remaining[key]
                 elif found.shape != weight.shape or group[0].name in self.methods:
                     raise FileError(
                         f"the file holds a weight {key!r} of shape {tuple(found.shape)}, and the model's {group[0].name!r} of "
@@ -178,21 +177,14 @@ class PeftReader:
         Raises:
             FileError: naming the first.
         """
-        if self.left:
-            key = next(iter(self.left))
+        if self.remaining:
+            key = next(iter(self.remaining))
             raise FileError(
-                f"the file holds {key!r} (one of {len(self.left)} such), and nothing in its config and this model asks for "
-                "it: was it made for another model?"
+                f"the file holds {key!r} (one of {len(self.remaining)} such), and nothing in its config and this model asks "
+                "for it: was it made for another model?"
             )
         if not self.methods:
             raise FileError("the config targets nothing in this model; was it made for another one?")
-
-    def strategy(self) -> Strategy:
-        """The rules that lead to these places."""
-        names: dict[Method, list[str]] = {}
-        for name, method in self.methods.items():
-            names.setdefault(method, []).append(re.escape(name))
-        return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
 
 
 def redrawn(site: Site, method: Method) -> dict[str, Tensor]:

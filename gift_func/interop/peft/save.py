@@ -9,10 +9,10 @@ from pathlib import Path
 from ... import safetensors_io
 from ...adapted_model import AdaptedModel
 from . import config as configs
-from .formats import kind_of
+from .file_format import peft_type_of
+from .formats import PEFT_FORMATS
 from .load import WEIGHTS
-from .lora import draft_lora
-from .table import KINDS
+from .lora import write_lora_file
 from .writer import PeftWriter
 
 
@@ -46,20 +46,20 @@ def save(
         >>> sorted(os.listdir(directory))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    draft = PeftWriter(adapted)
-    kind = kind_of([part.method for part in adapted.parts], KINDS)
-    if kind == "LORA":
-        draft_lora(draft)
+    writer = PeftWriter(adapted)
+    peft_type = peft_type_of([part.method for part in adapted.parts], PEFT_FORMATS)
+    if peft_type == "LORA":
+        write_lora_file(writer)
     else:
-        KINDS[kind].draft(draft)
-    draft.finish()
-    data = safetensors_io.to_bytes(draft.tensors, {"format": "pt"})
-    root = draft.root
+        PEFT_FORMATS[peft_type].write_file(writer)
+    writer.finish()
+    data = safetensors_io.to_bytes(writer.tensors, {"format": "pt"})
+    root = writer.root
     source = base_model or getattr(root, "name_or_path", None) or None
-    about = {"base_model_name_or_path": source, "peft_type": kind, "task_type": task_type}
+    about = {"base_model_name_or_path": source, "peft_type": peft_type, "task_type": task_type}
     if task_type is None:
         about["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
-    config = {**configs.COMMON, **draft.config, **about}
+    config = {**configs.COMMON_KEYS, **writer.config, **about}
     text = json.dumps(config, indent=2, sort_keys=True)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

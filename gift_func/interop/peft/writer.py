@@ -16,7 +16,7 @@ from ...methods.ia3 import ScaledBias
 from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
-from .keys import Entry, Paths
+from .keys import Entry, Paths, ties_embeddings
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -81,24 +81,23 @@ class PeftWriter:
             raise AdaptError(f"{name!r} belongs to the model itself; PEFT adapts modules inside of one. Put it in one.")
         return group[0]
 
-    def ties(self, name: str) -> bool:
+    def can_stay_tied(self, name: str) -> bool:
         """Whether PEFT can keep a tied parameter tied: that of an embedding and a head, in a transformers model."""
-        tied = getattr(getattr(self.root, "config", None), "tie_word_embeddings", False)
         first, *others = self.groups[name]
         heads = all(isinstance(site.module, nn.Linear) for site in others)
-        return bool(tied) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
+        return ties_embeddings(self.root) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
 
-    def put(self, part: AdaptedParameter, entries: Iterable[Entry]) -> None:
+    def write_tensors(self, part: AdaptedParameter, entries: Iterable[Entry]) -> None:
         """Write the tensors of one part."""
         for entry in entries:
             self.tensors[entry.key] = entry.write(self.state[part.names[entry.local]])
 
-    def target(self, chosen: Collection[str]) -> None:
+    def set_targets(self, chosen: Collection[str]) -> None:
         """Name the modules to adapt."""
         others = [name for name in self.modules if name and name not in chosen]
         self.config["target_modules"] = configs.shortest(chosen, others)
 
-    def pattern(self, field: str, values: Mapping[str, Any], exact: bool = False) -> Any:
+    def set_pattern(self, field: str, values: Mapping[str, Any], exact: bool = False) -> Any:
         """The value that most places share; the others go into a pattern.
 
         Args:
@@ -113,7 +112,7 @@ class PeftWriter:
 
     def save_whole(self, paths: Paths, takes_biases: bool) -> None:
         """Write the parameters that are trained whole: as biases, or with the whole of their module."""
-        saved = {self.groups[name][0].module_name: name for name in self.whole if not self._is_bias(name, takes_biases)}
+        saved = {self.groups[name][0].module_name: name for name in self.whole if not self._saved_as_bias(name, takes_biases)}
         if "" in saved:
             raise AdaptError(f"{saved['']!r} is a parameter of the model itself; PEFT saves modules whole. Save it natively.")
         matched = [name for name in self.modules if any(name.endswith(end) for end in saved)]
@@ -124,13 +123,13 @@ class PeftWriter:
         biases = [name for name in self.whole if not name.startswith(inside)]
         for name in biases:
             module_name = self.site(name).module_name
-            self.put(self.whole[name], [Entry(f"{paths.inside(module_name)}.bias", "")])
+            self.write_tensors(self.whole[name], [Entry(f"{paths.inside(module_name)}.bias", "")])
         if takes_biases:
             beside = all(self.groups[name][0].module_name in paths.wrappers for name in biases)
             self.config["bias"] = "none" if not biases else "lora_only" if beside else "all"
-        self.lose_nothing(inside)
+        self.check_buffers(inside)
 
-    def lose_nothing(self, inside: tuple[str, ...]) -> None:
+    def check_buffers(self, inside: tuple[str, ...]) -> None:
         """Refuse buffers that changed and have no place.
 
         Args:
@@ -143,7 +142,7 @@ class PeftWriter:
                 "(gf.NormTuning, gf.Full), keep it in eval mode, or save natively."
             )
 
-    def _is_bias(self, name: str, takes_biases: bool) -> bool:
+    def _saved_as_bias(self, name: str, takes_biases: bool) -> bool:
         site = self.groups[name][0]
         beside = name.rpartition(".")[0]
         others = any(other.rpartition(".")[0] == beside and other != name for other in self.whole)
@@ -186,7 +185,7 @@ def most_common(values: Iterable[Value]) -> Value:
     return Counter(values).most_common(1)[0][0]
 
 
-def one(what: str, values: Sequence[Value]) -> Value:
+def shared_value(what: str, values: Sequence[Value]) -> Value:
     """The value that all places share.
 
     Raises:
@@ -198,12 +197,12 @@ def one(what: str, values: Sequence[Value]) -> Value:
     return values[0]
 
 
-def number(value: float) -> float:
+def plain_number(value: float) -> float:
     """A whole number as an int, as PEFT writes them."""
     return int(value) if float(value).is_integer() else value
 
 
-def zeros(parameter: Tensor, *shape: int) -> Tensor:
+def zero_factor(parameter: Tensor, *shape: int) -> Tensor:
     """A factor that changes nothing."""
     return torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
 

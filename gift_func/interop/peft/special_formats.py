@@ -15,62 +15,62 @@ from ...methods.layout import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .formats import FileFormat
-from .keys import Entry, Paths, flipped
+from .file_format import FileFormat
+from .keys import Entry, Paths, flipped, ties_embeddings
 from .reader import PeftReader
-from .writer import PeftWriter, number, one
+from .writer import PeftWriter, plain_number, shared_value
 
 PROJECTIONS = ("vera_A", "vera_B")
 
 
-class IA3Kind(FileFormat):
+class IA3Format(FileFormat):
     """IA3 names the modules whose input it scales; of the others it scales the bias along, as ours does by itself."""
 
-    def settled(self, config: Config, name: str) -> Config:
+    def config_at(self, config: Config, name: str) -> Config:
         wanted = config["feedforward_modules"] or ()
         inside = re.fullmatch(wanted, name) if isinstance(wanted, str) else any(name.endswith(end) for end in wanted)
         return {**config, "side": "input" if inside else "output"}
 
-    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
-        sides = {site.module_name: draft.parts[name].method.side for name, site in sites.items()}  # type: ignore[attr-defined]
+    def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
+        sides = {site.module_name: writer.parts[name].method.side for name, site in sites.items()}  # type: ignore[attr-defined]
         inputs = sorted(name for name, side in sides.items() if side == "input")
         # PEFT wants them to be among the target_modules, letter by letter, and matches any end of a name.
         clear = not any(name.endswith(end) for end in inputs for name, side in sides.items() if side == "output")
-        others = [name for name in draft.modules if name not in sides]
+        others = [name for name in writer.modules if name not in sides]
         clear = clear and not any(configs.matches(sides, name) for name in others)
-        draft.config["target_modules"] = sorted(sides) if clear else "|".join(map(re.escape, sorted(sides)))
-        draft.config["feedforward_modules"] = inputs if clear else "|".join(map(re.escape, inputs)) or "(?!)"
+        writer.config["target_modules"] = sorted(sides) if clear else "|".join(map(re.escape, sorted(sides)))
+        writer.config["feedforward_modules"] = inputs if clear else "|".join(map(re.escape, inputs)) or "(?!)"
         for name, site in sites.items():
             bias = name.removesuffix("weight") + "bias"
-            scaled = draft.biases.pop(bias, None)
-            if sides[site.module_name] == "output" and bias in draft.groups and scaled is None:
+            scaled = writer.biases.pop(bias, None)
+            if sides[site.module_name] == "output" and bias in writer.groups and scaled is None:
                 raise AdaptError(f"PEFT's IA3 scales {bias!r} along with the weight, and here it is adapted otherwise")
 
 
-class NormKind(FileFormat):
+class NormFormat(FileFormat):
     """LN_TUNING holds whole modules."""
 
-    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
-        module = plan.modules[name]
+    def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
+        module = reader.modules[name]
         for param_name, _ in module.named_parameters():
             owner, _, short = param_name.rpartition(".")
-            site = plan.site(f"{name}.{owner}" if owner else name, short)
-            plan.place(site, NormTuning(), [Entry(f"{path}.ln_tuning_layers.{param_name}", "")])
+            site = reader.site(f"{name}.{owner}" if owner else name, short)
+            reader.place(site, NormTuning(), [Entry(f"{path}.ln_tuning_layers.{param_name}", "")])
         for key in module.state_dict():
-            if f"{path}.ln_tuning_layers.{key}" in plan.left:
-                plan.state[f"{name}.{key}"] = plan.take(f"{path}.ln_tuning_layers.{key}")
+            if f"{path}.ln_tuning_layers.{key}" in reader.remaining:
+                reader.state[f"{name}.{key}"] = reader.take(f"{path}.ln_tuning_layers.{key}")
 
-    def draft(self, draft: PeftWriter) -> None:
-        names = {draft.site(name).module_name: None for name in draft.whole}
+    def write_file(self, writer: PeftWriter) -> None:
+        names = {writer.site(name).module_name: None for name in writer.whole}
         paths = Paths(dict.fromkeys(names, 1))
         for name in names:
-            draft.save_module(name, f"{paths.outside(name)}.ln_tuning_layers")
-        draft.config |= self.known
-        draft.target(list(names))
-        draft.lose_nothing(tuple(f"{name}." for name in names))
+            writer.save_module(name, f"{paths.outside(name)}.ln_tuning_layers")
+        writer.config |= self.known
+        writer.set_targets(list(names))
+        writer.check_buffers(tuple(f"{name}." for name in names))
 
 
-class TokensKind(FileFormat):
+class TokensFormat(FileFormat):
     """TRAINABLE_TOKENS finds the embedding itself, and lets a tied head follow."""
 
     @property
@@ -81,39 +81,38 @@ class TokensKind(FileFormat):
         config = super().read(given, ignore)
         return {**config, "modules_to_save": None, "target_modules": config["target_modules"] or ["embed_tokens"]}
 
-    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
-        tied = bool(getattr(getattr(plan.base.structure.module, "config", None), "tie_word_embeddings", False))
-        method = TrainableTokens(config["token_indices"])
-        plan.place(plan.site(name, "weight"), method, self.entries(path, plan.site(name, "weight"), method), tied=tied)
+    def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
+        site, method = reader.site(name, "weight"), TrainableTokens(config["token_indices"])
+        tied = ties_embeddings(reader.base.structure.module)
+        reader.place(site, method, self.entries(path, site, method), tied=tied)
 
-    def draft(self, draft: PeftWriter) -> None:
-        tied = bool(getattr(getattr(draft.root, "config", None), "tie_word_embeddings", False))
-        draft.parts, draft.tokens = draft.tokens, {}
-        draft.tied = tied
-        if draft.whole:
-            raise AdaptError(f"PEFT's TRAINABLE_TOKENS has no place for {next(iter(draft.whole))!r}, trained whole beside it")
-        super().draft(draft)
-        del draft.config["modules_to_save"]
+    def write_file(self, writer: PeftWriter) -> None:
+        writer.parts, writer.tokens = writer.tokens, {}
+        writer.tied = ties_embeddings(writer.root)
+        if writer.whole:
+            raise AdaptError(f"PEFT's TRAINABLE_TOKENS has no place for {next(iter(writer.whole))!r}, trained whole beside it")
+        super().write_file(writer)
+        del writer.config["modules_to_save"]
 
 
-class VeRAKind(FileFormat):
+class VeRAFormat(FileFormat):
     """VERA shares its projections among all places; a file may leave them to be drawn again."""
 
-    def plan(self, plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
-        super().plan(plan, given, ignore)
+    def read_file(self, reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
+        super().read_file(reader, given, ignore)
         config = self.read(given, ignore)
-        ranks = {tensor.shape[-1] for name, tensor in plan.state.items() if name.endswith("vera_lambda_d")}
+        ranks = {tensor.shape[-1] for name, tensor in reader.state.items() if name.endswith("vera_lambda_d")}
         if not ranks <= {config["r"]}:
             raise FileError(f"{configs.FILE} has r={config['r']}, and the file's tensors are of rank {max(ranks)}")
         # One rule for each element type that the places have here, and so projections for each.
         rules: dict[VeRA, list[Site]] = {}
-        for name in plan.base.structure.places:
-            method = plan.methods.get(name)
+        for name in reader.base.structure.places:
+            method = reader.methods.get(name)
             if isinstance(method, VeRA):
-                rules.setdefault(method, []).append(plan.groups[name][0])
+                rules.setdefault(method, []).append(reader.groups[name][0])
         every = [site for sites in rules.values() for site in sites]
         if config["save_projection"]:
-            shared = {name: plan.take(f"base_model.{name}") for name in PROJECTIONS}
+            shared = {name: reader.take(f"base_model.{name}") for name in PROJECTIONS}
         else:
             shared = next(iter(rules)).shared_tensors(every) if rules else {}
         for index, sites in enumerate(rules.values()):
@@ -121,11 +120,11 @@ class VeRAKind(FileFormat):
             rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
             for name, tensor in shared.items():
                 own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]
-                plan.state[common_name(name, index)] = tensor if len(rules) == 1 else own
+                reader.state[common_name(name, index)] = tensor if len(rules) == 1 else own
 
-    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
+    def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         for local in PROJECTIONS:
-            found = [draft.state[name] for name in dict.fromkeys(draft.parts[site].names[local] for site in sites)]
+            found = [writer.state[name] for name in dict.fromkeys(writer.parts[site].names[local] for site in sites)]
             widest = max(found, key=Tensor.numel)
             for tensor in found:
                 rows, columns = tensor.shape
@@ -134,18 +133,18 @@ class VeRAKind(FileFormat):
                         f"PEFT keeps one {local} for all places, and the rules of this adapter have different ones. Adapt "
                         "them by one rule, or save it natively."
                     )
-            draft.tensors[f"base_model.{local}"] = widest
+            writer.tensors[f"base_model.{local}"] = widest
 
 
-class HiRAKind(FileFormat):
+class HiRAFormat(FileFormat):
     """HIRA keeps the factors of an embedding transposed, as LORA does, and the tensors tell the rank.
 
     PEFT reads its rank_pattern and makes every place of rank r all the same.
     """
 
-    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
-        found = plan.left.get(f"{path}.hira_A", plan.left.get(f"{path}.hira_embedding_A"))
-        super().place(plan, config if found is None else {**config, "r": found.shape[0]}, path, name)
+    def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
+        found = reader.remaining.get(f"{path}.hira_A", reader.remaining.get(f"{path}.hira_embedding_A"))
+        super().place(reader, config if found is None else {**config, "r": found.shape[0]}, path, name)
 
     def entries(self, path: str, site: Site, method: Method) -> list[Entry]:
         if not isinstance(site.module, nn.Embedding):
@@ -156,23 +155,23 @@ class HiRAKind(FileFormat):
         ]
 
 
-class AdaLoRAKind(FileFormat):
+class AdaLoRAFormat(FileFormat):
     """ADALORA drops ranks while it trains: the tensors tell how many are left, and the scale stays that of init_r."""
 
-    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
-        found = plan.left.get(f"{path}.lora_E")
+    def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
+        found = reader.remaining.get(f"{path}.lora_E")
         rank = config["init_r"] if found is None else found.shape[0]
-        settled = {**config, "init_r": rank, "lora_alpha": config["lora_alpha"] * rank / max(config["init_r"], 1)}
-        super().place(plan, settled, path, name)
+        config_at = {**config, "init_r": rank, "lora_alpha": config["lora_alpha"] * rank / max(config["init_r"], 1)}
+        super().place(reader, config_at, path, name)
 
-    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
-        methods = {site.module_name: draft.parts[name].method for name, site in sites.items()}
+    def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
+        methods = {site.module_name: writer.parts[name].method for name, site in sites.items()}
         ranks = {name: method.rank for name, method in methods.items() if isinstance(method, AdaLoRA)}
         scales = [(method.alpha or method.rank) / method.rank for method in methods.values() if isinstance(method, AdaLoRA)]
         widest = max(ranks.values())
-        draft.config["init_r"] = draft.config["target_r"] = widest
-        draft.config["lora_alpha"] = number(one("scale", [round(scale, 12) for scale in scales]) * widest)
+        writer.config["init_r"] = writer.config["target_r"] = widest
+        writer.config["lora_alpha"] = plain_number(shared_value("scale", [round(scale, 12) for scale in scales]) * widest)
         if min(ranks.values()) < widest:
-            draft.config["rank_pattern"] = {
+            writer.config["rank_pattern"] = {
                 f"{name}.lora_E": [index < rank for index in range(widest)] for name, rank in ranks.items()
             }
