@@ -80,9 +80,9 @@ def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
     names = ModuleNames(base.structure.modules, prefix)
     groups = {site.name: group for group in base.sites() for site in group}
     state = adapted.adapter_state_dict()
-    lost = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
-    if lost is not None:
-        raise AdaptError(f"the buffer {lost!r} differs from the base's, and the file has no place for it. {NATIVELY}")
+    buffer = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
+    if buffer is not None:
+        raise AdaptError(f"the buffer {buffer!r} differs from the base's, and the file has no place for it. {NATIVELY}")
     made: Tensors = {}
     beside: list[tuple[str, Tensor, Site]] = []
     for part in adapted.parts:

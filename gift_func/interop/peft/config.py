@@ -80,25 +80,25 @@ UNSUPPORTED = (
     "use_qalora",
     "velora_config",
 )
-"""Keys that change what LoRA's tensors do, and that nothing here does."""
+"""Keys that change what LoRA's tensors do, and that are not supported."""
 
 MUTATING = ("corda", "loftq", "lora_ga", "pissa_niter")
-"""Those that rewrite the weights by what no file holds (data, or what was drawn): a change to nobody knows what weights."""
+"""Initialisations that rewrite the base's weights from data or random draws, which are in no file."""
 
 TIED = ("modules_to_tie", "target_modules_to_tie")
-"""What `ensure_weight_tying` leaves in a file besides."""
+"""Keys that PEFT adds with `ensure_weight_tying`."""
 
 WORDS = {"bias", "mask_type", "megatron_core", "peft_type", "peft_version"}
-"""Keys that hold a string."""
+"""Keys whose value is a string."""
 
 MODULES = {"exclude_modules", "feedforward_modules", "layers_pattern", "target_modules"}
-"""Keys that hold a pattern, or a list of names."""
+"""Keys whose value is a pattern or a list of names."""
 
 LISTS: dict[str, type] = {"modules_to_save": str, "target_parameters": str, "token_indices": int}
-"""Keys that hold a list, and of what."""
+"""Keys whose value is a list, and the type of its elements."""
 
 NUMBERS = {"random_loc_seed": int, "random_seed": int}
-"""Keys whose default does not tell that they hold a number."""
+"""Keys whose value is a number though their default is not."""
 
 
 def read_config(directory: Path) -> Config:
@@ -122,12 +122,12 @@ def read_config(directory: Path) -> Config:
 
 
 def complete(config: Config, known: Config, ignore: Collection[str], unsupported: Collection[str] = ()) -> Config:
-    """The config with the defaults of what it leaves out.
+    """The config with defaults for the keys that it leaves out.
 
     Args:
         config: as in the file.
         known: the method's own keys and their defaults.
-        ignore: keys to pass over, whatever they say.
+        ignore: keys to leave out, whatever their values.
         unsupported: keys that must not be set.
 
     Raises:
@@ -156,7 +156,7 @@ def complete(config: Config, known: Config, ignore: Collection[str], unsupported
 
 
 def has_type(key: str, value: Any, default: Any) -> bool:
-    """Whether a value is of the kind that the key holds."""
+    """Whether a value is of the type that the key has."""
     if value is None:
         return True
     if key in MODULES:
@@ -188,7 +188,7 @@ def _all(value: Any, kind: type) -> bool:
 
 
 def check_lora(config: Config) -> None:
-    """Refuse what the values of LoRA's keys ask for and is not supported.
+    """Refuse values of LoRA's keys that are not supported.
 
     Raises:
         FileError: naming the key.
@@ -227,14 +227,14 @@ def targets(config: Mapping[str, Any], name: str) -> bool:
 
 
 def matches(wanted: str | Iterable[str], name: str) -> bool:
-    """Whether a dotted name matches: a string is a regular expression for all of it, a list holds ends of names."""
+    """Whether a dotted name matches a regular expression, as a whole, or ends with a name of a list."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def resolved(config: Config, root: nn.Module) -> Config:
-    """The config with `"all-linear"` spelled out."""
+    """The config with the modules' names for `"all-linear"`."""
     wanted = config.get("target_modules")
     if not isinstance(wanted, str) or wanted.lower() != "all-linear":
         return config
@@ -249,7 +249,7 @@ def resolved(config: Config, root: nn.Module) -> Config:
 
 
 def shortest(chosen: Collection[str], others: Collection[str]) -> list[str] | str:
-    """`target_modules` for these modules and no others: ends of names where that can be said so, or else a pattern."""
+    """`target_modules` that matches these modules and no others: ends of names if there are such, or else a pattern."""
     names, taken = [], {end for other in others for end in _ends(other)}
     for name in chosen:
         end = next((end for end in _ends(name) if end not in taken), None)

@@ -1,4 +1,4 @@
-"""PEFT's other methods: what a row of the table says, and what is done with it."""
+"""The file format of one of PEFT's methods other than LoRA: how a file is read and written."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class FileFormat:
     """One method of PEFT: its config and its tensors.
 
     Attributes:
-        method: ours.
+        method: the class of the method here.
         keys: the keys of its config and their defaults.
-        from_config: from a config, with patterns looked up, to the method.
-        to_config: from a method to the keys that say so.
-        suffixes: the file's names of tensors, where they are not ours.
-        patterns: keys that may differ by place -> the key of the pattern that says so.
-        training: keys that act in training only, and on nothing here.
-        hosts: the classes of modules that PEFT adapts so; "Conv1D" is that of transformers.
-        drawn: our tensors that are not in a file because they follow from its config.
-        exact: whether a pattern's key is an end of a name after a dot, or a whole name letter by letter.
-        unsupported: keys that change what the tensors do, and that nothing here does.
+        from_config: makes the method from a module's config.
+        to_config: the config's keys that describe a method.
+        suffixes: the names of tensors in the file, if they are other than the method's.
+        patterns: keys that may differ by module -> the key of the pattern with the other values.
+        training: keys that act in training only, and are not supported.
+        hosts: the classes of modules that PEFT adapts by the method; "Conv1D" is that of transformers.
+        drawn: the method's tensors that are not in a file because they are drawn from the config's seed.
+        exact: whether a pattern's key is a whole name, or an expression for the end of one after a dot.
+        unsupported: keys that change what the tensors do, and that are not supported.
     """
 
     method: type[Method]
@@ -63,7 +63,7 @@ class FileFormat:
         return {"modules_to_save": None, "target_modules": None, **self.keys, **patterns}
 
     def read(self, given: Config, ignore: Collection[str]) -> Config:
-        """The whole config.
+        """The config with its defaults.
 
         Raises:
             FileError: for what is not supported.
@@ -94,7 +94,7 @@ class FileFormat:
         reader.base_weights(paths)
 
     def config_at(self, config: Config, name: str) -> Config:
-        """The config for one module: patterns looked up."""
+        """The config for one module, with the values that patterns give it."""
         return {**config, **{key: self.lookup(config, key, name) for key in self.patterns}}
 
     def lookup(self, config: Config, key: str, name: str) -> Any:
@@ -106,7 +106,7 @@ class FileFormat:
         return patterns.get(found, config[key])
 
     def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
-        """Adapt one module by tensors of the file."""
+        """Read one module."""
         module = reader.modules[name]
         if not self.adapts(module):
             raise FileError(f"the config targets {name!r}, a {type(module).__name__}; PEFT adapts {', '.join(self.hosts)} so")
@@ -125,7 +125,7 @@ class FileFormat:
         return hosted and module._parameters.get("weight") is not None
 
     def entries(self, path: str, site: Site, method: Method) -> list[Entry]:
-        """The tensors of a module's weight, in the file and here."""
+        """The tensors of a module's weight: their keys in the file and their names here."""
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         try:
             names = method.for_site(site).init_tensors(replace(site, parameter=bare), torch.Generator())
@@ -137,7 +137,7 @@ class FileFormat:
         """Write a file.
 
         Raises:
-            AdaptError: for what the format cannot say.
+            AdaptError: for what the format cannot express.
         """
         sites = {name: writer.site(name) for name in writer.parts}
         paths = Paths({site.module_name: 1 for site in sites.values()})
@@ -174,7 +174,7 @@ class FileFormat:
         writer.save_whole(paths, takes_biases="bias" in self.keys)
 
     def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
-        """What more a method writes."""
+        """Write what the format has besides."""
 
 
 def peft_type_of(methods: Sequence[Method], kinds: Mapping[str, FileFormat]) -> str:

@@ -1,4 +1,4 @@
-"""The table of PEFT's other methods: one row each."""
+"""The table of the file formats of PEFT's methods other than LoRA: one row each."""
 
 from __future__ import annotations
 

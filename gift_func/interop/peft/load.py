@@ -32,13 +32,13 @@ def load(
 ) -> AdaptedModel:
     """Read an adapter that PEFT saved, or `save` did, onto a model. PEFT is not needed, and nothing is unpickled.
 
-    Every tensor of the file must have its place in the model, and every place that the config names must have its tensors,
-    so an adapter of another model is refused and not half read.
+    Every tensor of the file must belong to the model, and every module that the config targets must have its tensors, so an
+    adapter of another model is refused as a whole.
 
     Args:
         model: the model the adapter was made for; it is not touched.
         directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
-        ignore: keys of the config to pass over, where a file has some that are not known here and change nothing.
+        ignore: keys of the config to leave out: those that are not known here and change nothing.
 
     Returns:
         The adapted model, in the training mode of `model`; what the file holds is trainable.
@@ -70,7 +70,7 @@ def load(
             read_lora_file(reader, config, ignore)
         else:
             PEFT_FORMATS[peft_type].read_file(reader, config, ignore)
-        reader.finish()
+        reader.check()
         return readapt(base, strategy_of(reader.methods), reader.state)
     except (AdaptError, StateError, EinopsError, re.error) as error:
         raise FileError(f"{folder} does not fit the model: {error}") from None

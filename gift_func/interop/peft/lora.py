@@ -1,4 +1,4 @@
-"""PEFT's LoRA: from a config to the places of a model, and back."""
+"""The file format of PEFT's LoRA: how a file is read and written."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ def read_lora_file(reader: PeftReader, given: Config, ignore: Collection[str]) -
     if not config["target_modules"] and not config["target_parameters"]:
         raise FileError(f"{configs.FILE} has neither target_modules nor target_parameters")
     modules = [name for name in reader.modules if name and configs.targets(config, name)]
-    if config["ensure_weight_tying"]:  # PEFT adapts the other places of a tied weight along, named or not
+    if config["ensure_weight_tying"]:  # PEFT also adapts the other modules with a tied weight, targeted or not
         places = [site.module_name for name in modules for site in reader.groups.get(f"{name}.weight", [])]
         modules = list(dict.fromkeys([*modules, *places]))
-    parameters = _parameters(reader, config)
+    parameters = _targeted_parameters(reader, config)
     paths = Paths(_wrappers(reader, modules, parameters))
     for name in modules:
-        _module(reader, config, paths, name)
+        _read_module(reader, config, paths, name)
     for name, params in parameters.items():
         for depth, param_name in enumerate(reversed(params)):
-            # The parameter that was registered first is wrapped first, and so lies deepest.
+            # The parameter that was registered first is wrapped first, so its wrapper is the innermost.
             path = paths.outside(name) + ".base_layer" * depth
             site = reader.site(name, param_name)
             if site.parameter.ndim not in (2, 3) or isinstance(site.module, CONVOLUTIONS):
                 raise FileError(f"target_parameters names {site.name!r}, which is neither a matrix nor a stack of them")
             if config["use_dora"]:
                 raise FileError(f"use_dora on {site.name!r}, a parameter targeted by name, for which PEFT has no format")
-            reader.place(site, _method(config, site.name), lora_parameter(path, site))
-    _tokens(reader, config, paths)
+            reader.place(site, _method_of(config, site.name), lora_parameter(path, site))
+    _read_tokens(reader, config, paths)
     reader.save_modules(config["modules_to_save"] or (), paths, bool(config["ensure_weight_tying"]))
     if config["bias"] != "none":
         reader.biases(paths)
     reader.base_weights(paths)
 
 
-def _method(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
+def _method_of(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
     init: Any = config["init_lora_weights"]
     residual = isinstance(init, str) and init.startswith(RESIDUAL)
     if residual and not (isinstance(module, nn.Linear) or (module is not None and is_a(module, HF_CONV1D))):
@@ -83,7 +83,7 @@ def _method(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
     )
 
 
-def _parameters(reader: PeftReader, config: Config) -> dict[str, list[str]]:
+def _targeted_parameters(reader: PeftReader, config: Config) -> dict[str, list[str]]:
     """The parameters that are targeted by name, by module, in the order of their registration."""
     wanted = config["target_parameters"] or ()
     found = {}
@@ -109,8 +109,8 @@ def _wrappers(reader: PeftReader, modules: Collection[str], parameters: dict[str
     return wrappers
 
 
-def _module(reader: PeftReader, config: Config, paths: Paths, name: str) -> None:
-    module, method = reader.modules[name], _method(config, name, reader.modules[name])
+def _read_module(reader: PeftReader, config: Config, paths: Paths, name: str) -> None:
+    module, method = reader.modules[name], _method_of(config, name, reader.modules[name])
     if not is_target(module):
         raise FileError(f"the config targets {name!r}, a {type(module).__name__}, which LoRA cannot adapt as a module")
     sites = [reader.site(name, "weight")] if not isinstance(module, nn.MultiheadAttention) else []
@@ -131,18 +131,18 @@ def _module(reader: PeftReader, config: Config, paths: Paths, name: str) -> None
         reader.place(site, method, entries, tied=bool(config["ensure_weight_tying"]))
         reader.draw(site, method, RESIDUES if method.init.startswith(RESIDUAL) else ())
         if config["lora_bias"]:
-            _bias(reader, path, site.module_name, method)
+            _lora_bias(reader, path, site.module_name, method)
 
 
-def _bias(reader: PeftReader, path: str, name: str, method: LoRA) -> None:
+def _lora_bias(reader: PeftReader, path: str, name: str, method: LoRA) -> None:
     module = reader.modules[name]
     if module._parameters.get("bias") is None:
         raise FileError(f"lora_bias adds a bias to {name!r}, a {type(module).__name__}, which has none to add it to")
     reader.place(reader.site(name, "bias"), Diff(scale=method.scale), [Entry(f"{path}.lora_B.bias", "diff")])
 
 
-def _tokens(reader: PeftReader, config: Config, paths: Paths) -> None:
-    """Read the rows of embeddings that were trained along (`trainable_token_indices`)."""
+def _read_tokens(reader: PeftReader, config: Config, paths: Paths) -> None:
+    """Read the rows of embeddings that were trained too (`trainable_token_indices`)."""
     wanted = config["trainable_token_indices"]
     if not wanted:
         return
@@ -164,7 +164,7 @@ def write_lora_file(writer: PeftWriter) -> None:
     """Write a LoRA file.
 
     Raises:
-        AdaptError: for what the format cannot say.
+        AdaptError: for what the format cannot express.
     """
     for part in list(writer.parts.values()):
         _without_residue(writer, part)
@@ -188,7 +188,7 @@ def write_lora_file(writer: PeftWriter) -> None:
     if dora and (parameters or any(isinstance(writer.modules[owner], nn.MultiheadAttention) for owner in owners.values())):
         raise AdaptError("PEFT has no DoRA for nn.MultiheadAttention nor for parameters that it targets by name")
     writer.config |= {**configs.LORA_KEYS, "use_dora": dora}
-    _numbers(writer, {owners.get(name, name): [] for name in methods}, owners, methods, bool(parameters))
+    _write_numbers(writer, {owners.get(name, name): [] for name in methods}, owners, methods, bool(parameters))
     for name, site in sites.items():
         if methods[name].layout == "balanced":
             raise AdaptError(f"PEFT factors the kernel {name!r} as conv='kernel' does, and not as conv='balanced'")
@@ -202,8 +202,8 @@ def write_lora_file(writer: PeftWriter) -> None:
         params = [param for param in site.module._parameters if param in parameters[site.module_name]]
         path += ".base_layer" * (len(params) - 1 - params.index(site.param_name))
         writer.write_tensors(writer.parts[name], lora_parameter(path, site))
-    _attention(writer, paths, owners, methods)
-    _tied(writer, owners, methods)
+    _write_attention(writer, paths, owners, methods)
+    _write_tied(writer, owners, methods)
     writer.set_targets(list(dict.fromkeys(owners.values())))
     writer.config["target_parameters"] = [name for name in sites if name not in owners] or None
     writer.config["fan_in_fan_out"] = any(method.layout == "transposed" for method in methods.values())
@@ -219,7 +219,7 @@ def write_lora_file(writer: PeftWriter) -> None:
 
 
 def _without_residue(writer: PeftWriter, part: AdaptedParameter) -> None:
-    """Write `s·(B·A − B₀·A₀)` as one product of twice the rank, which needs nothing taken out of the base."""
+    """Replace `s·(B·A − B₀·A₀)` by one product of twice the rank, which needs no change of the base's weight."""
     method = part.method
     if not isinstance(method, LoRA) or RESIDUES[0] not in part.names:
         return
@@ -247,10 +247,10 @@ def _is_by_module(writer: PeftWriter, site: Site) -> bool:
     return by_module(site)
 
 
-def _numbers(
+def _write_numbers(
     writer: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
 ) -> None:
-    """Ranks, alphas and the rest; a module that PEFT adapts as one has one rank."""
+    """Write ranks, alphas and the like; a module that PEFT adapts as one has one rank."""
     for name, method in methods.items():
         places[owners.get(name, name)].append(method)
     rslora = all(method.rslora for method in methods.values())
@@ -269,8 +269,8 @@ def _numbers(
     writer.config["lora_alpha"] = writer.set_pattern("alpha_pattern", alphas)
 
 
-def _attention(writer: PeftWriter, paths: Paths, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
-    """PEFT adapts both projections of an attention: one that was left out gets a change of zero."""
+def _write_attention(writer: PeftWriter, paths: Paths, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
+    """Write a change of zero for a projection that is not adapted, as PEFT adapts both projections of an attention."""
     for name, owner in owners.items():
         module = writer.modules[owner]
         if not isinstance(module, nn.MultiheadAttention):
@@ -284,8 +284,8 @@ def _attention(writer: PeftWriter, paths: Paths, owners: dict[str, str], methods
                 writer.tensors[b.key] = zero_factor(site.parameter, rows, methods[name].rank)
 
 
-def _tied(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
-    """PEFT writes a tied weight's factors for each of its places."""
+def _write_tied(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
+    """Write a tied weight's factors for each module that has it, as PEFT does."""
     for name in [name for name in owners if len(writer.groups[name]) > 1]:
         if isinstance(methods[name], DoRA):
             raise AdaptError(f"PEFT does not keep a DoRA of the tied {name!r} tied. Save it natively.")
@@ -296,7 +296,7 @@ def _tied(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) 
 
 
 def _write_biases(writer: PeftWriter, paths: Paths, methods: dict[str, LoRA]) -> None:
-    """Changes of biases, where every adapted module has one and its scale is the module's."""
+    """Write the changes of biases; every adapted module must have one, with the scale of its LoRA."""
     if not writer.biases:
         return
     for name, method in methods.items():

@@ -1,4 +1,4 @@
-"""What a file's tensors become: rules for parameters, and the adapter's state."""
+"""What a PEFT file's tensors become: a method for each parameter, and the adapter's state."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .keys import Entry, Paths
 
 
 class PeftReader:
-    """Takes tensors out of a file and puts them in their places, until none is left.
+    """Turns a file's tensors into methods, by parameter, and an adapter's state; what nothing reads remains.
 
     Args:
-        base: the base they are for.
+        base: the base that they adapt.
         tensors: the file's.
     """
 
@@ -40,7 +40,7 @@ class PeftReader:
         return next(site for site in self.groups[name] if site.name == name)
 
     def take(self, key: str) -> Tensor:
-        """A tensor of the file, which is then taken.
+        """Remove a tensor of the file, and return it.
 
         Raises:
             FileError: if it is not there.
@@ -50,16 +50,16 @@ class PeftReader:
         return self.remaining.pop(key)
 
     def place(self, site: Site, method: Method, entries: Sequence[Entry], tied: bool = False) -> None:
-        """Adapt a parameter by tensors of the file.
+        """Set the method of a parameter and its tensors.
 
         Args:
             site: the parameter.
-            method: how.
+            method: how it is adapted.
             entries: its tensors.
-            tied: whether the other places of a tied parameter are to follow, as they do here.
+            tied: whether the file means a tied parameter in all modules that have it.
 
         Raises:
-            FileError: if a tensor is missing, or the parameter is tied and is not to be.
+            FileError: if a tensor is missing, or the file means one module of several with a tied parameter.
         """
         group = self.groups[site.name]
         if len(group) > 1 and not tied:
@@ -79,14 +79,14 @@ class PeftReader:
             self.state[placement.full_name(local)] = tensor
 
     def check_tied(self, site: Site, entries: Sequence[Entry]) -> None:
-        """Take the tensors that PEFT writes once more for another place of a tied parameter.
+        """Remove the tensors that PEFT writes again for another module with a tied parameter.
 
         Args:
-            site: the other place.
+            site: the parameter in the other module.
             entries: its tensors.
 
         Raises:
-            FileError: if they are not those of the first place.
+            FileError: if they differ from those of the first module.
         """
         name = self.groups[site.name][0].name
         placement = Placement(name, site, self.methods[name], self.methods[name])
@@ -96,12 +96,12 @@ class PeftReader:
                 raise FileError(f"{entry.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
 
     def draw(self, site: Site, method: Method, names: Collection[str]) -> None:
-        """Draw what follows from the method and the base alone, and so is in no file.
+        """Draw the tensors that follow from the method and the base alone, and so are in no file.
 
         Args:
-            site: a parameter that was placed.
+            site: a parameter that was read.
             method: how it is adapted.
-            names: the method's own names of those tensors.
+            names: the method's names of those tensors.
         """
         name = self.groups[site.name][0].name
         made = redrawn(site, method) if names else {}
@@ -109,12 +109,12 @@ class PeftReader:
             self.state[Placement(name, site, method, method).full_name(local)] = made[local]
 
     def save_modules(self, wanted: Collection[str], paths: Paths, ties: bool = False) -> None:
-        """Read the modules that are saved whole (`modules_to_save`); PEFT takes all whose name ends so.
+        """Read the modules that are saved whole (`modules_to_save`): all whose name ends with one of these.
 
         Args:
             wanted: the ends of their names.
             paths: where things are in the file.
-            ties: whether PEFT has kept tied parameters tied.
+            ties: whether PEFT kept tied parameters tied.
         """
         for name, module in self.modules.items():
             if not name or not any(name.endswith(end) for end in wanted):
@@ -140,17 +140,17 @@ class PeftReader:
                     self.remaining.pop(f"{path}.{wrapper}.{param_name}", None)
 
     def biases(self, paths: Paths) -> None:
-        """Read the biases that were trained along."""
+        """Read the biases that were trained too."""
         for name, module in self.modules.items():
             key = f"{paths.inside(name)}.bias"
             if module._parameters.get("bias") is not None and key in self.remaining:
                 self.place(self.site(name, "bias"), Full(), [Entry(key, "")])
 
     def base_weights(self, paths: Paths) -> None:
-        """Read whole weights that the config does not name: those of embeddings, which PEFT writes along.
+        """Read whole weights that the config does not name: those of embeddings, which PEFT adds.
 
         Raises:
-            FileError: if one is not the model's, and is adapted besides.
+            FileError: if one differs from the model's in shape, or differs and is adapted.
         """
         for name, module in self.modules.items():
             for param_name in module._parameters:
@@ -171,8 +171,8 @@ class PeftReader:
                 else:
                     self.place(self.site(name, param_name), Full(), [Entry(key, "")], tied=True)
 
-    def finish(self) -> None:
-        """Refuse a file with tensors that nothing took, or with none.
+    def check(self) -> None:
+        """Refuse a file with tensors that nothing read, or that adapts nothing.
 
         Raises:
             FileError: naming the first.
@@ -194,7 +194,7 @@ def redrawn(site: Site, method: Method) -> dict[str, Tensor]:
 
 
 def with_dtype(method: Method, dtype: torch.dtype, tensors: dict[str, Tensor]) -> Method:
-    """The method, holding its tensors in the file's element type if it can and the parameter's is another."""
+    """The method with the file's dtype, if it has a field for it and the parameter's dtype is another."""
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     holds = any(field.name == "dtype" for field in fields(method))  # type: ignore[arg-type]
     if not holds or len(found) != 1 or found == {dtype}:

@@ -23,20 +23,20 @@ def save(
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter as a directory that PEFT and what reads its format can load. PEFT is not needed.
+    """Write an adapter as a directory that PEFT, and programs that read its format, can load. PEFT is not needed.
 
     The weight file of an adapter that `load` read is the same to the byte as PEFT's own of these tensors. What PEFT's format
-    cannot say is refused, so the directory means what the adapted model computes.
+    cannot express raises an error, so the directory means what the adapted model computes.
 
     Args:
         adapted: the adapted model. Its parts are of one method that PEFT has, besides fully trained biases and modules,
             and rows of embeddings.
         directory: the folder; it is made if it is not there.
         task_type: PEFT's name for what the model does, e.g. `"CAUSAL_LM"`.
-        base_model: where the base comes from; by default what a transformers model says of itself.
+        base_model: the base's name or path; by default a transformers model's own `name_or_path`.
 
     Raises:
-        AdaptError: for what the format cannot say, naming it; nothing was written then.
+        AdaptError: for what the format cannot express, naming it; nothing was written then.
 
     Example:
         >>> import os, torch, gift_func as gf, tempfile
@@ -52,7 +52,7 @@ def save(
         write_lora_file(writer)
     else:
         PEFT_FORMATS[peft_type].write_file(writer)
-    writer.finish()
+    writer.check()
     data = safetensors_io.to_bytes(writer.tensors, {"format": "pt"})
     root = writer.root
     source = base_model or getattr(root, "name_or_path", None) or None

@@ -1,4 +1,4 @@
-"""Methods of PEFT whose files need more than a row of the table says."""
+"""The file formats of methods that need more than a row of the table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...select import Site
 from . import config as configs
 from .config import Config
 from .file_format import FileFormat
-from .keys import Entry, Paths, flipped, ties_embeddings
+from .keys import Entry, Paths, ties_embeddings, transposed
 from .reader import PeftReader
 from .writer import PeftWriter, plain_number, shared_value
 
@@ -24,7 +24,7 @@ PROJECTIONS = ("vera_A", "vera_B")
 
 
 class IA3Format(FileFormat):
-    """IA3 names the modules whose input it scales; of the others it scales the bias along, as ours does by itself."""
+    """IA3's config names the modules whose input is scaled; of the others the bias is scaled too, as by `gf.IA3`."""
 
     def config_at(self, config: Config, name: str) -> Config:
         wanted = config["feedforward_modules"] or ()
@@ -34,7 +34,7 @@ class IA3Format(FileFormat):
     def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         sides = {site.module_name: writer.parts[name].method.side for name, site in sites.items()}  # type: ignore[attr-defined]
         inputs = sorted(name for name, side in sides.items() if side == "input")
-        # PEFT wants them to be among the target_modules, letter by letter, and matches any end of a name.
+        # In PEFT they must be among the target_modules, in the same words, and match any end of a name.
         clear = not any(name.endswith(end) for end in inputs for name, side in sides.items() if side == "output")
         others = [name for name in writer.modules if name not in sides]
         clear = clear and not any(configs.matches(sides, name) for name in others)
@@ -48,7 +48,7 @@ class IA3Format(FileFormat):
 
 
 class NormFormat(FileFormat):
-    """LN_TUNING holds whole modules."""
+    """LN_TUNING's files have whole modules."""
 
     def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
         module = reader.modules[name]
@@ -71,7 +71,7 @@ class NormFormat(FileFormat):
 
 
 class TokensFormat(FileFormat):
-    """TRAINABLE_TOKENS finds the embedding itself, and lets a tied head follow."""
+    """TRAINABLE_TOKENS finds the embedding itself, and changes a tied head with it."""
 
     @property
     def known(self) -> Config:
@@ -96,7 +96,7 @@ class TokensFormat(FileFormat):
 
 
 class VeRAFormat(FileFormat):
-    """VERA shares its projections among all places; a file may leave them to be drawn again."""
+    """VERA shares its projections among all modules; they need not be in a file, and are then drawn again."""
 
     def read_file(self, reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
         super().read_file(reader, given, ignore)
@@ -104,7 +104,7 @@ class VeRAFormat(FileFormat):
         ranks = {tensor.shape[-1] for name, tensor in reader.state.items() if name.endswith("vera_lambda_d")}
         if not ranks <= {config["r"]}:
             raise FileError(f"{configs.FILE} has r={config['r']}, and the file's tensors are of rank {max(ranks)}")
-        # One rule for each element type that the places have here, and so projections for each.
+        # One rule for each dtype of the adapted weights, and so projections for each.
         rules: dict[VeRA, list[Site]] = {}
         for name in reader.base.structure.places:
             method = reader.methods.get(name)
@@ -137,9 +137,9 @@ class VeRAFormat(FileFormat):
 
 
 class HiRAFormat(FileFormat):
-    """HIRA keeps the factors of an embedding transposed, as LORA does, and the tensors tell the rank.
+    """HIRA stores the factors of an embedding transposed, as LORA does, and the rank follows from the tensors.
 
-    PEFT reads its rank_pattern and makes every place of rank r all the same.
+    PEFT reads its rank_pattern, but gives every module rank r all the same.
     """
 
     def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
@@ -150,13 +150,13 @@ class HiRAFormat(FileFormat):
         if not isinstance(site.module, nn.Embedding):
             return super().entries(path, site, method)
         return [
-            Entry(f"{path}.hira_embedding_A", "hira_B", flipped, flipped),
-            Entry(f"{path}.hira_embedding_B", "hira_A", flipped, flipped),
+            Entry(f"{path}.hira_embedding_A", "hira_B", transposed, transposed),
+            Entry(f"{path}.hira_embedding_B", "hira_A", transposed, transposed),
         ]
 
 
 class AdaLoRAFormat(FileFormat):
-    """ADALORA drops ranks while it trains: the tensors tell how many are left, and the scale stays that of init_r."""
+    """ADALORA drops ranks while it trains: the tensors have those that are left, and the scale stays that of init_r."""
 
     def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
         found = reader.remaining.get(f"{path}.lora_E")
