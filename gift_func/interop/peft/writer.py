@@ -138,8 +138,8 @@ class PeftWriter:
         buffer = next((name for name in sorted(self.changed) if not name.startswith(inside)), None)
         if buffer is not None:
             raise AdaptError(
-                f"the buffer {buffer!r} differs from the base's, and PEFT's file has no place for it. Train its parameters whole "
-                "(gf.NormTuning, gf.Full), keep it in eval mode, or save natively."
+                f"the buffer {buffer!r} differs from the base's, and PEFT's file has no place for it. Train its parameters "
+                "whole (gf.NormTuning, gf.Full), keep it in eval mode, or save natively."
             )
 
     def _saved_as_bias(self, name: str, takes_biases: bool) -> bool:
