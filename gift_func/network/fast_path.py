@@ -17,13 +17,16 @@ from .._torch import is_transformed
 from .module_tree import ModuleTree, join
 
 
-def fused_names(body: ModuleTree, adapted: Collection[str]) -> frozenset[str]:
-    """The adapted parameters that a fused kernel would read."""
+def fused_names(body: ModuleTree, adapted: Collection[str]) -> tuple[str, ...]:
+    """The adapted parameters that a fused kernel would read, in the network's order."""
     layers = [module for module in body.modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
     if not layers:
-        return frozenset()
+        return ()
     inside = {id(module) for layer in layers for module in layer.modules()}
-    return frozenset(name for name in adapted if any(id(module) in inside for module, _ in body.places[name]))
+    wanted = set(adapted)
+    return tuple(
+        name for name, places in body.places.items() if name in wanted and any(id(module) in inside for module, _ in places)
+    )
 
 
 def runs_fused(body: ModuleTree, tensors: Collection[Tensor]) -> bool:
