@@ -26,14 +26,14 @@ def load(
     """Read an adapter of kohya's scripts or of LyCORIS, or one that `save` wrote, onto a model. Nothing is unpickled.
 
     It reads LoRA (LoCon, with Tucker cores, with alpha or without), LoHa, LoKr, each with DoRA's magnitudes on either side,
-    diag-OFT, IA3, and changes in full of weights, biases and norms. Every tensor must have its place in the model; a
-    factor of a linear layer may be stored as that of a convolution of size 1, and the other way round.
+    diag-OFT, IA3, and full changes of weights, biases and norms. Every tensor must belong to a parameter of the model; a
+    factor of a linear layer may be stored as that of a convolution of size 1, and vice versa.
 
     Where LyCORIS 4.1 contradicts itself, this follows what its layers compute and not what `merge_to` makes, which scales
     LoHa and LoKr by (alpha / rank)²; and IA3's factors apply to the weight alone, not to the bias.
 
     Args:
-        model: the model the adapter was made for; it is not touched.
+        model: the model the adapter was made for; it is not changed.
         path: the file, safetensors.
         prefix: how the file's names begin before the model's own: `"lora_unet"`, say, or `"lora_te_text_model"` for a
             CLIPTextModel of transformers 5, which has no `text_model` inside any more. For a file that is for several
@@ -42,13 +42,13 @@ def load(
             file's own, if it is one of those in use.
 
     Returns:
-        The adapted model, in the training mode of `model`; what the file holds is trainable, in its element type where the
-        method has one of its own.
+        The adapted model, in the training mode of `model`; the file's tensors are trainable, in their dtype if the method has
+        a field for it.
 
     Raises:
         FileError: if the file is missing, damaged or a pickle; if a name is that of no module or of several, with the
-            nearest; if it holds what is not supported, by its name; if shapes do not fit; if `prefix` leads to no module.
-            Nothing was changed then.
+            nearest names; if it contains what is not supported, naming it; if shapes do not fit; if a module of `prefix` does
+            not exist.
 
     Example:
         >>> import os, tempfile, torch, gift_func as gf
@@ -75,7 +75,7 @@ def load(
 
 
 def grouped_by_module(tensors: Tensors) -> dict[str, Tensors]:
-    """A file's tensors by module, and by what comes after its name.
+    """A file's tensors by module, and by the rest of their names.
 
     Raises:
         FileError: for a name without a dot.
@@ -92,9 +92,9 @@ def grouped_by_module(tensors: Tensors) -> dict[str, Tensors]:
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What a file says of itself: how it was trained (`ss_...`), and whatever else the program that wrote it put there.
+    """The metadata of a file: how it was trained (`ss_...`), and anything else that the program that wrote it added.
 
-    Nothing here depends on it: dimension and alpha are read from the tensors.
+    `load` does not depend on it: it reads rank and alpha from the tensors.
 
     Args:
         path: the file.
@@ -115,7 +115,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 @contextmanager
 def _pickles_named(path: Path) -> Iterator[None]:
-    """Say so where the file that cannot be read is a pickle, as older files are."""
+    """Raise an error that says so if the file cannot be read because it is a pickle, as older files are."""
     try:
         yield
     except FileError:

@@ -62,7 +62,7 @@ def save(
         ['lycoris_0.alpha', 'lycoris_0.lora_down.weight', 'lycoris_0.lora_up.weight']
     """
     data = safetensors_io.to_bytes(tensors_of(adapted, prefix))
-    # The hash by which kohya's scripts know a network.
+    # The hash by which kohya's scripts identify a network.
     model_hash = hashlib.sha256(safetensors_io.without_header(data)).hexdigest()
     about = {**network_metadata(adapted), "sshs_model_hash": model_hash, **(metadata or {})}
     safetensors_io.write(Path(path), safetensors_io.with_metadata(data, {key: str(value) for key, value in about.items()}))

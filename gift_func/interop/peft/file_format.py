@@ -174,7 +174,7 @@ class FileFormat:
         writer.save_whole(paths, takes_biases="bias" in self.keys)
 
     def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
-        """Write what the format has besides."""
+        """Write what the format has in addition."""
 
 
 def peft_type_of(methods: Sequence[Method], kinds: Mapping[str, FileFormat]) -> str:
@@ -184,7 +184,7 @@ def peft_type_of(methods: Sequence[Method], kinds: Mapping[str, FileFormat]) -> 
         AdaptError: if there is none.
     """
     main = [method for method in methods if not isinstance(method, (Full, Diff, TrainableTokens, ScaledBias))]
-    # A file of nothing but what others have beside them is of that kind.
+    # What other files have in addition to their method may also be all that there is.
     alone = {type(method) for method in main or methods}
     if alone and all(issubclass(kind, LoRA) for kind in alone):
         return "LORA"

@@ -36,16 +36,16 @@ def load(
     adapter of another model is refused as a whole.
 
     Args:
-        model: the model the adapter was made for; it is not touched.
+        model: the model the adapter was made for; it is not changed.
         directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
         ignore: keys of the config to leave out: those that are not known here and change nothing.
 
     Returns:
-        The adapted model, in the training mode of `model`; what the file holds is trainable.
+        The adapted model, in the training mode of `model`; the file's tensors are trainable.
 
     Raises:
-        FileError: if a file is missing, damaged or a pickle; if the config asks for what is not supported, by its key; if
-            the tensors do not fit the config or the model. Nothing was changed then.
+        FileError: if a file is missing, damaged or a pickle; if a key of the config is not supported, naming it; if the
+            tensors do not fit the config or the model.
 
     Example:
         >>> import torch, gift_func as gf, tempfile

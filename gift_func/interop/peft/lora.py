@@ -250,7 +250,7 @@ def _is_by_module(writer: PeftWriter, site: Site) -> bool:
 def _write_numbers(
     writer: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
 ) -> None:
-    """Write ranks, alphas and the like; a module that PEFT adapts as one has one rank."""
+    """Write ranks, alphas, dropout and `use_rslora`; a module that PEFT adapts as one has one rank."""
     for name, method in methods.items():
         places[owners.get(name, name)].append(method)
     rslora = all(method.rslora for method in methods.values())

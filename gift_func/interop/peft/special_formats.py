@@ -139,7 +139,7 @@ class VeRAFormat(FileFormat):
 class HiRAFormat(FileFormat):
     """HIRA stores the factors of an embedding transposed, as LORA does, and the rank follows from the tensors.
 
-    PEFT reads its rank_pattern, but gives every module rank r all the same.
+    PEFT reads its rank_pattern, but does not use it: every module has rank r.
     """
 
     def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
