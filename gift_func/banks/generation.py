@@ -88,7 +88,7 @@ def stepping(module: nn.Module, plan: Plan, mix: Segments) -> Iterator[None]:
         kind, mode = under_way.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if mix.met is not None and output is not None and not (mode.decided or mode.answers):
+            if mix.met is not None and output is not None and not (mode.depends_on_values or mode.answers):
                 plan.ways[kind] = RecordedPath(tuple(mix.met), ())
 
     encoder = _encoder_of(module)

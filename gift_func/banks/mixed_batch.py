@@ -180,7 +180,7 @@ class MixedBatchRunner:
                 found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
             mix.outlived = call.outlived
         rows = [rows_out(leaf) for leaf in found]
-        mixed = mix.outlived or mode.decided or any(map(is_mixed, found))
+        mixed = mix.outlived or mode.depends_on_values or any(map(is_mixed, found))
         if kind is not None and mix.met is not None and not mixed and plan.strays[kind] < MOST_STRAYS:
             of_output = tuple(one for leaf, one in zip(found, rows, strict=True) if isinstance(leaf, Tensor))
             plan.ways[kind] = RecordedPath(tuple(mix.met), of_output, tuple(mode.answers))

@@ -41,7 +41,7 @@ class TrackSamples(TorchFunctionMode):
 
     Attributes:
         answers: the numbers that were read from tensors, in order; with other numbers the network may call other functions.
-        decided: whether what the network does may also depend on values that are not among them: many read at once, or sizes.
+        depends_on_values: whether what the network does may depend on values other than these: many read at once, or sizes.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ class TrackSamples(TorchFunctionMode):
         super().__init__()
         self.batch = batch
         self.answers: list[Answer] = []
-        self.decided = False
+        self.depends_on_values = False
         self._known = BatchInfo(batch)
 
     def __torch_function__(
@@ -98,12 +98,12 @@ class TrackSamples(TorchFunctionMode):
             if result is None and (func in _WRITERS or _in_place(getattr(func, "__name__", ""))):
                 target, written = args[0], True
             elif not isinstance(result, (tuple, list)):
-                self.decided = True
+                self.depends_on_values = True
                 return
             elif not all(isinstance(item, Tensor) for item in result):
-                self.decided = True
+                self.depends_on_values = True
         if func in _SIZED_BY_VALUES or (func is Tensor.__getitem__ and _has_mask(args[1])):
-            self.decided = self.decided or func not in _WHERE or isinstance(result, tuple)
+            self.depends_on_values = self.depends_on_values or func not in _WHERE or isinstance(result, tuple)
         if "out" in kwargs:
             written = True
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}

@@ -19,7 +19,7 @@ from ...methods.settings import first_match
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .keys import Entry, Paths
+from .keys import FileTensor, Paths
 from .reader import PeftReader, redrawn
 from .writer import PeftWriter, shared_value
 
@@ -62,7 +62,7 @@ class FileFormat:
         patterns: Config = {pattern: {} for pattern in self.patterns.values()}
         return {"modules_to_save": None, "target_modules": None, **self.keys, **patterns}
 
-    def read(self, given: Config, ignore: Collection[str]) -> Config:
+    def full_config(self, given: Config, ignore: Collection[str]) -> Config:
         """The config with its defaults.
 
         Raises:
@@ -83,7 +83,7 @@ class FileFormat:
         Raises:
             FileError: for what is not supported, or does not fit.
         """
-        config = configs.resolved(self.read(given, ignore), reader.base.structure.module)
+        config = configs.resolved(self.full_config(given, ignore), reader.base.structure.module)
         names = [name for name in reader.modules if name and configs.targets(config, name)]
         paths = Paths(dict.fromkeys(names, 1))
         for name in names:
@@ -115,7 +115,7 @@ class FileFormat:
         reason = method.why_not(site)
         if reason is not None:
             raise FileError(f"the config adapts {site.name!r} by {method}, which needs {reason}")
-        reader.place(site, method, self.entries(path, site, method))
+        reader.place(site, method, self.file_tensors(path, site, method))
         reader.draw(site, method, self.drawn)
 
     def adapts(self, module: nn.Module) -> bool:
@@ -124,14 +124,14 @@ class FileFormat:
         hosted = isinstance(module, known) or ("Conv1D" in self.hosts and is_a(module, HF_CONV1D))
         return hosted and module._parameters.get("weight") is not None
 
-    def entries(self, path: str, site: Site, method: Method) -> list[Entry]:
+    def file_tensors(self, path: str, site: Site, method: Method) -> list[FileTensor]:
         """The tensors of a module's weight: their keys in the file and their names here."""
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         try:
             names = method.for_site(site).init_tensors(replace(site, parameter=bare), torch.Generator())
         except RuntimeError as error:
             raise FileError(f"{method} makes no tensors for {site.name!r}: {error}") from None
-        return [Entry(f"{path}.{self.suffixes.get(name, name)}", name) for name in names if name not in self.drawn]
+        return [FileTensor(f"{path}.{self.suffixes.get(name, name)}", name) for name in names if name not in self.drawn]
 
     def write_file(self, writer: PeftWriter) -> None:
         """Write a file.
@@ -154,7 +154,7 @@ class FileFormat:
                     raise AdaptError(f"PEFT draws {part.names[local]!r} from its config, and these were drawn otherwise")
             for key, value in self.to_config(part.method).items():
                 settings.setdefault(key, {})[site.module_name] = value
-            writer.write_tensors(part, self.entries(paths.outside(site.module_name), site, part.method))
+            writer.write_tensors(part, self.file_tensors(paths.outside(site.module_name), site, part.method))
         writer.config |= self.known
         for key, values in settings.items():
             pattern = self.patterns.get(key)

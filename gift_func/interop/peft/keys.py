@@ -37,7 +37,7 @@ def halved(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileTensor:
     """One tensor of a PEFT file and the tensor here that it becomes.
 
     Attributes:
@@ -94,7 +94,7 @@ def by_module(site: Site) -> bool:
     return is_target(site.module) and site.param_name == "weight"
 
 
-def lora_module(path: str, site: Site, twice: bool = False) -> list[Entry]:
+def lora_module(path: str, site: Site, twice: bool = False) -> list[FileTensor]:
     """The factors of a module's weight.
 
     Args:
@@ -106,14 +106,14 @@ def lora_module(path: str, site: Site, twice: bool = False) -> list[Entry]:
     if isinstance(site.module, nn.Embedding):
         # PEFT's product is that of the transposed table.
         return [
-            Entry(f"{path}.lora_embedding_A", "lora_B", transposed, transposed),
-            Entry(f"{path}.lora_embedding_B", "lora_A", transposed, transposed),
+            FileTensor(f"{path}.lora_embedding_A", "lora_B", transposed, transposed),
+            FileTensor(f"{path}.lora_embedding_B", "lora_A", transposed, transposed),
         ]
     b = (doubled, halved) if twice else (same, same)
-    return [Entry(f"{path}.lora_A.weight", "lora_A"), Entry(f"{path}.lora_B.weight", "lora_B", *b)]
+    return [FileTensor(f"{path}.lora_A.weight", "lora_A"), FileTensor(f"{path}.lora_B.weight", "lora_B", *b)]
 
 
-def lora_parameter(path: str, site: Site) -> list[Entry]:
+def lora_parameter(path: str, site: Site) -> list[FileTensor]:
     """The factors of a parameter that is targeted by its own name: a matrix, or a stack of them, one for each expert.
 
     PEFT flattens the experts and the ranks into one axis, in A with the expert first, in B with the rank first.
@@ -121,17 +121,17 @@ def lora_parameter(path: str, site: Site) -> list[Entry]:
     a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
     if site.parameter.ndim == 2:
         if is_a(site.module, HF_CONV1D):
-            return [Entry(a, "lora_B", transposed, transposed), Entry(b, "lora_A", transposed, transposed)]
-        return [Entry(a, "lora_A"), Entry(b, "lora_B")]
+            return [FileTensor(a, "lora_B", transposed, transposed), FileTensor(b, "lora_A", transposed, transposed)]
+        return [FileTensor(a, "lora_A"), FileTensor(b, "lora_B")]
     experts = site.parameter.shape[0]
     if getattr(site.module, "is_transposed", False):
         return [
-            Entry(a, "lora_B", *_rearrangements("(e r) i", "e i r", experts)),
-            Entry(b, "lora_A", *_rearrangements("o (r e)", "e r o", experts)),
+            FileTensor(a, "lora_B", *_rearrangements("(e r) i", "e i r", experts)),
+            FileTensor(b, "lora_A", *_rearrangements("o (r e)", "e r o", experts)),
         ]
     return [
-        Entry(a, "lora_A", *_rearrangements("(e r) i", "e r i", experts)),
-        Entry(b, "lora_B", *_rearrangements("o (r e)", "e o r", experts)),
+        FileTensor(a, "lora_A", *_rearrangements("(e r) i", "e r i", experts)),
+        FileTensor(b, "lora_B", *_rearrangements("o (r e)", "e o r", experts)),
     ]
 
 

@@ -20,7 +20,7 @@ from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .keys import PREFIX, Entry, Paths, by_module, is_target, lora_module, lora_parameter, ties_embeddings
+from .keys import PREFIX, FileTensor, Paths, by_module, is_target, lora_module, lora_parameter, ties_embeddings
 from .reader import PeftReader
 from .writer import PeftWriter, plain_number, shared_value, zero_factor
 
@@ -122,13 +122,13 @@ def _read_module(reader: PeftReader, config: Config, paths: Paths, name: str) ->
         path = paths.outside(site.module_name)
         if isinstance(method, DoRA) and isinstance(module, nn.MultiheadAttention):
             raise FileError(f"use_dora on {name!r}, a MultiheadAttention, for which PEFT has no format")
-        entries = lora_module(path, site, twice=site.module_name != name)
-        entries += [Entry(f"{path}.{MAGNITUDE}", MAGNITUDE)] if isinstance(method, DoRA) else []
+        file_tensors = lora_module(path, site, twice=site.module_name != name)
+        file_tensors += [FileTensor(f"{path}.{MAGNITUDE}", MAGNITUDE)] if isinstance(method, DoRA) else []
         group = reader.groups[site.name]
         if config["ensure_weight_tying"] and group[0].name in reader.methods:
-            reader.check_tied(site, entries)
+            reader.check_tied(site, file_tensors)
             continue
-        reader.place(site, method, entries, tied=bool(config["ensure_weight_tying"]))
+        reader.place(site, method, file_tensors, tied=bool(config["ensure_weight_tying"]))
         reader.draw(site, method, RESIDUES if method.init.startswith(RESIDUAL) else ())
         if config["lora_bias"]:
             _lora_bias(reader, path, site.module_name, method)
@@ -138,7 +138,7 @@ def _lora_bias(reader: PeftReader, path: str, name: str, method: LoRA) -> None:
     module = reader.modules[name]
     if module._parameters.get("bias") is None:
         raise FileError(f"lora_bias adds a bias to {name!r}, a {type(module).__name__}, which has none to add it to")
-    reader.place(reader.site(name, "bias"), Diff(scale=method.scale), [Entry(f"{path}.lora_B.bias", "diff")])
+    reader.place(reader.site(name, "bias"), Diff(scale=method.scale), [FileTensor(f"{path}.lora_B.bias", "diff")])
 
 
 def _read_tokens(reader: PeftReader, config: Config, paths: Paths) -> None:
@@ -156,8 +156,8 @@ def _read_tokens(reader: PeftReader, config: Config, paths: Paths) -> None:
             module = reader.modules[name]
             if not isinstance(module, nn.Embedding) or not isinstance(tokens, list):
                 raise FileError(f"trainable_token_indices wants {tokens!r} of {name!r}, a {type(module).__name__}")
-            entries = [Entry(f"{paths.outside(name)}.token_adapter.trainable_tokens_delta", "trainable_tokens_delta")]
-            reader.place(reader.site(name, "weight"), TrainableTokens(tokens), entries, tied=ties_embeddings(root))
+            file_tensors = [FileTensor(f"{paths.outside(name)}.token_adapter.trainable_tokens_delta", "trainable_tokens_delta")]
+            reader.place(reader.site(name, "weight"), TrainableTokens(tokens), file_tensors, tied=ties_embeddings(root))
 
 
 def write_lora_file(writer: PeftWriter) -> None:
@@ -196,8 +196,9 @@ def write_lora_file(writer: PeftWriter) -> None:
             raise AdaptError(f"PEFT's change of the grouped {name!r} mixes its groups, as gf.MixingLoRA's does")
         path = paths.outside(site.module_name)
         if name in owners:
-            entries = lora_module(path, site, twice=owners[name] != site.module_name)
-            writer.write_tensors(writer.parts[name], entries + ([Entry(f"{path}.{MAGNITUDE}", MAGNITUDE)] if dora else []))
+            file_tensors = lora_module(path, site, twice=owners[name] != site.module_name)
+            file_tensors += [FileTensor(f"{path}.{MAGNITUDE}", MAGNITUDE)] if dora else []
+            writer.write_tensors(writer.parts[name], file_tensors)
             continue
         params = [param for param in site.module._parameters if param in parameters[site.module_name]]
         path += ".base_layer" * (len(params) - 1 - params.index(site.param_name))
@@ -212,7 +213,7 @@ def write_lora_file(writer: PeftWriter) -> None:
         site, method = writer.site(name, ties_embeddings(writer.root)), part.method
         assert isinstance(method, TrainableTokens)
         key = f"{paths.outside(site.module_name)}.token_adapter.trainable_tokens_delta"
-        writer.write_tensors(part, [Entry(key, "trainable_tokens_delta")])
+        writer.write_tensors(part, [FileTensor(key, "trainable_tokens_delta")])
         indices = writer.config["trainable_token_indices"] or {}
         writer.config["trainable_token_indices"] = {**indices, site.module_name: list(method.token_indices)}
     writer.save_whole(paths, takes_biases=True)
@@ -304,7 +305,7 @@ def _write_biases(writer: PeftWriter, paths: Paths, methods: dict[str, LoRA]) ->
         part = writer.biases.get(f"{module_name}.bias")
         if part is None or not isinstance(part.method, Diff) or part.method.scale != method.scale:
             raise AdaptError(f"PEFT's lora_bias wants a gf.Diff of the LoRA's own scale for the bias of {module_name!r}")
-        writer.write_tensors(part, [Entry(f"{paths.outside(module_name)}.lora_B.bias", "diff")])
+        writer.write_tensors(part, [FileTensor(f"{paths.outside(module_name)}.lora_B.bias", "diff")])
     strange = writer.biases.keys() - {f"{writer.site(name).module_name}.bias" for name in methods}
     if strange:
         raise AdaptError(f"PEFT has no place for the change of {sorted(strange)[0]!r}. Save it natively.")

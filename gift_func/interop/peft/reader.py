@@ -15,7 +15,7 @@ from ...network.frozen_base import FrozenBase
 from ...network.module_tree import join
 from ...select import Site
 from ...strategy import Placement
-from .keys import Entry, Paths
+from .keys import FileTensor, Paths
 
 
 class PeftReader:
@@ -49,13 +49,13 @@ class PeftReader:
             raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.remaining)}")
         return self.remaining.pop(key)
 
-    def place(self, site: Site, method: Method, entries: Sequence[Entry], tied: bool = False) -> None:
+    def place(self, site: Site, method: Method, file_tensors: Sequence[FileTensor], tied: bool = False) -> None:
         """Set the method of a parameter and its tensors.
 
         Args:
             site: the parameter.
             method: how it is adapted.
-            entries: its tensors.
+            file_tensors: its tensors.
             tied: whether the file means a tied parameter in all modules that have it.
 
         Raises:
@@ -71,29 +71,29 @@ class PeftReader:
         name = group[0].name
         if name in self.methods:
             raise FileError(f"the config adapts {name!r} twice, by {self.methods[name]} and by {method}")
-        found = {entry.local: entry.read(self.take(entry.key)) for entry in entries}
+        found = {file_tensor.local: file_tensor.read(self.take(file_tensor.key)) for file_tensor in file_tensors}
         method = with_dtype(method, site.parameter.dtype, found)
         self.methods[name] = method
         placement = Placement(name, site, method, method)
         for local, tensor in found.items():
             self.state[placement.full_name(local)] = tensor
 
-    def check_tied(self, site: Site, entries: Sequence[Entry]) -> None:
+    def check_tied(self, site: Site, file_tensors: Sequence[FileTensor]) -> None:
         """Remove the tensors that PEFT writes again for another module with a tied parameter.
 
         Args:
             site: the parameter in the other module.
-            entries: its tensors.
+            file_tensors: its tensors.
 
         Raises:
             FileError: if they differ from those of the first module.
         """
         name = self.groups[site.name][0].name
         placement = Placement(name, site, self.methods[name], self.methods[name])
-        for entry in entries:
-            found, first = entry.read(self.take(entry.key)), self.state[placement.full_name(entry.local)]
+        for file_tensor in file_tensors:
+            found, first = file_tensor.read(self.take(file_tensor.key)), self.state[placement.full_name(file_tensor.local)]
             if found.shape != first.shape or not torch.equal(found, first):
-                raise FileError(f"{entry.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
+                raise FileError(f"{file_tensor.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
 
     def draw(self, site: Site, method: Method, names: Collection[str]) -> None:
         """Draw the tensors that follow from the method and the base alone, and so are in no file.
@@ -126,11 +126,11 @@ class PeftReader:
                 if site[0].name in self.methods and within:
                     continue  # a module within one that was read
                 here = next(other for other in site if other.name == inside + param_name)
-                self.place(here, Full(), [Entry(f"{path}.{param_name}", "")], tied=within or ties)
+                self.place(here, Full(), [FileTensor(f"{path}.{param_name}", "")], tied=within or ties)
                 for other in site if ties else []:
                     if not other.name.startswith(inside):
                         key = join(paths.outside(other.module_name), other.param_name)
-                        self.check_tied(other, [Entry(key, "")])
+                        self.check_tied(other, [FileTensor(key, "")])
             for buffer_name in module.state_dict():
                 if f"{path}.{buffer_name}" in self.remaining and inside + buffer_name not in self.groups:
                     self.state[inside + buffer_name] = self.take(f"{path}.{buffer_name}")
@@ -144,7 +144,7 @@ class PeftReader:
         for name, module in self.modules.items():
             key = f"{paths.inside(name)}.bias"
             if module._parameters.get("bias") is not None and key in self.remaining:
-                self.place(self.site(name, "bias"), Full(), [Entry(key, "")])
+                self.place(self.site(name, "bias"), Full(), [FileTensor(key, "")])
 
     def base_weights(self, paths: Paths) -> None:
         """Read whole weights that the config does not name: those of embeddings, which PEFT adds.
@@ -169,7 +169,7 @@ class PeftReader:
                         "embeddings were resized or trained, resize the model's and put the file's weight there."
                     )
                 else:
-                    self.place(self.site(name, param_name), Full(), [Entry(key, "")], tied=True)
+                    self.place(self.site(name, param_name), Full(), [FileTensor(key, "")], tied=True)
 
     def check(self) -> None:
         """Refuse a file with tensors that nothing read, or that adapts nothing.

@@ -16,7 +16,7 @@ from ...select import Site
 from . import config as configs
 from .config import Config
 from .file_format import FileFormat
-from .keys import Entry, Paths, ties_embeddings, transposed
+from .keys import FileTensor, Paths, ties_embeddings, transposed
 from .reader import PeftReader
 from .writer import PeftWriter, plain_number, shared_value
 
@@ -55,7 +55,7 @@ class NormFormat(FileFormat):
         for param_name, _ in module.named_parameters():
             owner, _, short = param_name.rpartition(".")
             site = reader.site(f"{name}.{owner}" if owner else name, short)
-            reader.place(site, NormTuning(), [Entry(f"{path}.ln_tuning_layers.{param_name}", "")])
+            reader.place(site, NormTuning(), [FileTensor(f"{path}.ln_tuning_layers.{param_name}", "")])
         for key in module.state_dict():
             if f"{path}.ln_tuning_layers.{key}" in reader.remaining:
                 reader.state[f"{name}.{key}"] = reader.take(f"{path}.ln_tuning_layers.{key}")
@@ -77,14 +77,14 @@ class TokensFormat(FileFormat):
     def known(self) -> Config:
         return {"target_modules": None, **self.keys}
 
-    def read(self, given: Config, ignore: Collection[str]) -> Config:
-        config = super().read(given, ignore)
+    def full_config(self, given: Config, ignore: Collection[str]) -> Config:
+        config = super().full_config(given, ignore)
         return {**config, "modules_to_save": None, "target_modules": config["target_modules"] or ["embed_tokens"]}
 
     def place(self, reader: PeftReader, config: Config, path: str, name: str) -> None:
         site, method = reader.site(name, "weight"), TrainableTokens(config["token_indices"])
         tied = ties_embeddings(reader.base.structure.module)
-        reader.place(site, method, self.entries(path, site, method), tied=tied)
+        reader.place(site, method, self.file_tensors(path, site, method), tied=tied)
 
     def write_file(self, writer: PeftWriter) -> None:
         writer.parts, writer.tokens = writer.tokens, {}
@@ -100,7 +100,7 @@ class VeRAFormat(FileFormat):
 
     def read_file(self, reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
         super().read_file(reader, given, ignore)
-        config = self.read(given, ignore)
+        config = self.full_config(given, ignore)
         ranks = {tensor.shape[-1] for name, tensor in reader.state.items() if name.endswith("vera_lambda_d")}
         if not ranks <= {config["r"]}:
             raise FileError(f"{configs.FILE} has r={config['r']}, and the file's tensors are of rank {max(ranks)}")
@@ -146,12 +146,12 @@ class HiRAFormat(FileFormat):
         found = reader.remaining.get(f"{path}.hira_A", reader.remaining.get(f"{path}.hira_embedding_A"))
         super().place(reader, config if found is None else {**config, "r": found.shape[0]}, path, name)
 
-    def entries(self, path: str, site: Site, method: Method) -> list[Entry]:
+    def file_tensors(self, path: str, site: Site, method: Method) -> list[FileTensor]:
         if not isinstance(site.module, nn.Embedding):
-            return super().entries(path, site, method)
+            return super().file_tensors(path, site, method)
         return [
-            Entry(f"{path}.hira_embedding_A", "hira_B", transposed, transposed),
-            Entry(f"{path}.hira_embedding_B", "hira_A", transposed, transposed),
+            FileTensor(f"{path}.hira_embedding_A", "hira_B", transposed, transposed),
+            FileTensor(f"{path}.hira_embedding_B", "hira_A", transposed, transposed),
         ]
 
 

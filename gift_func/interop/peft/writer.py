@@ -16,7 +16,7 @@ from ...methods.ia3 import ScaledBias
 from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
-from .keys import Entry, Paths, ties_embeddings
+from .keys import FileTensor, Paths, ties_embeddings
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -87,10 +87,10 @@ class PeftWriter:
         heads = all(isinstance(site.module, nn.Linear) for site in others)
         return ties_embeddings(self.root) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
 
-    def write_tensors(self, part: AdaptedParameter, entries: Iterable[Entry]) -> None:
+    def write_tensors(self, part: AdaptedParameter, file_tensors: Iterable[FileTensor]) -> None:
         """Add the tensors of an adapted parameter."""
-        for entry in entries:
-            self.tensors[entry.key] = entry.write(self.state[part.names[entry.local]])
+        for file_tensor in file_tensors:
+            self.tensors[file_tensor.key] = file_tensor.write(self.state[part.names[file_tensor.local]])
 
     def set_targets(self, chosen: Collection[str]) -> None:
         """Set the modules to adapt."""
@@ -123,7 +123,7 @@ class PeftWriter:
         biases = [name for name in self.whole if not name.startswith(inside)]
         for name in biases:
             module_name = self.site(name).module_name
-            self.write_tensors(self.whole[name], [Entry(f"{paths.inside(module_name)}.bias", "")])
+            self.write_tensors(self.whole[name], [FileTensor(f"{paths.inside(module_name)}.bias", "")])
         if takes_biases:
             beside = all(self.groups[name][0].module_name in paths.wrappers for name in biases)
             self.config["bias"] = "none" if not biases else "lora_only" if beside else "all"
