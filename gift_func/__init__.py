@@ -21,12 +21,12 @@ The folders and files of the package, from the top down. A file imports from its
 | `strategy.py` | ordered rules, and the sites that they take |
 | `network/` | what is run: the frozen base, and private copies of its modules with tensors bound in them |
 | `methods/` | what a paper proposes: one file and one frozen dataclass each |
-| `tracking/` | where a batch's samples are, followed through torch functions; it knows nothing of adapters |
+| `tracking/` | where the samples of a batch are in each tensor, through all torch functions; it knows nothing of adapters |
 | `weights/` | structured weights, and the slot and the rules that route torch functions to them |
 | `kernels/` | autograd functions that compute a whole layer in one pass |
-| `select.py`, `errors.py` | sites and selectors; what the package raises and warns with |
+| `select.py`, `safetensors_io.py` | sites and selectors; the only file that opens and writes safetensors |
 | `seeding.py`, `caching.py` | random draws from a generator; the cache of values used last |
-| `safetensors_io.py`, `_torch.py` | reading safetensors; the only file that uses private names of torch |
+| `errors.py`, `_torch.py` | what the package raises and warns with; the only file that uses private names of torch |
 
 One word for one thing:
 
@@ -52,7 +52,7 @@ One word for one thing:
 | bank, store | named adapters, one for each sample; a bank whose adapters are files |
 | segment, routed weight | neighbouring samples of one adapter; a weight for each segment |
 | sample axis | where the samples are in a tensor |
-| tracking, recorded path | following samples through a call; what a tracked call met, which later calls replay |
+| tracking, recorded path | following samples through a call; what a tracked call used, in which order, which later calls repeat |
 | trial, sweep | one setting; many of them trained as one run |
 """
 

@@ -15,10 +15,10 @@ Default = TypeVar("Default")
 class LRU(Generic[Key, Value]):
     """A dictionary of at most `size` values, from which the least recently used is dropped; safe under threads.
 
-    For keys that must not be kept alive, give `weakref.ref(key, cache.discard)` as the key.
+    To not keep an object alive that is a key, use `weakref.ref(object, cache.discard)` as the key.
 
     Args:
-        size: how many values are kept; with 0 none is.
+        size: the largest number of values; 0 for a cache that keeps none.
 
     Example:
         >>> from gift_func.caching import LRU

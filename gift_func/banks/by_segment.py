@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
-from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, owner_index, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, owner_index, sample_axis_of, tag
 from .routed_weight import Placeholder, member, one_of_equals
 from .segments import Segments
 from .stacked_weights import run_at_once
@@ -87,7 +87,7 @@ def _at_once(
         args, kwargs = tree_unflatten(given, spec)
         with TrackSamples(count):
             flat, out_spec = tree_flatten(func(*args, **kwargs))
-        seen.append(([rows_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat], out_spec))
+        seen.append(([sample_axis_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat], out_spec))
         return [leaf for leaf in flat if isinstance(leaf, Tensor)]
 
     try:
@@ -115,7 +115,7 @@ def by_experts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     """`grouped_mm` of tokens sorted by expert: the tokens of each segment with its own experts, the groups counted anew."""
     x, weight, *rest = args
     offs = rest[0] if rest else kwargs.get("offs")
-    rows = rows_of(x)
+    rows = sample_axis_of(x)
     if (
         not isinstance(weight, Placeholder)
         or not isinstance(rows, SampleAxis)
@@ -153,7 +153,7 @@ def _split(tensor: Tensor, rows: SampleAxis, segments: Segments) -> tuple[Sequen
 def _joined(parts: Sequence[Any], order: Tensor | None, func: Callable[..., Any]) -> Any:
     if not isinstance(parts[0], Tensor):
         return parts[0]
-    rows = rows_of(parts[0])
+    rows = sample_axis_of(parts[0])
     if not isinstance(rows, SampleAxis):
         name = getattr(func, "__name__", repr(func))
         raise AdaptError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..tracking.replay import DivergedError
-from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, sample_axis_of, tag
 from .plan import Plan, RecordedPath
 from .routing import ApartError
 from .samples import kind_of, rows_out
@@ -77,7 +77,7 @@ def stepping(module: nn.Module, plan: Plan, segments: Segments) -> Iterator[None
                 given[name] = tree_unflatten([_by_rows(leaf, 3, segments.size, inner) for leaf in leaves], spec)
             elif dims is not None:
                 given[name] = _by_rows(value, dims, segments.size, inner)
-            elif isinstance(value, Tensor) and isinstance(rows_of(value), Untracked):
+            elif isinstance(value, Tensor) and isinstance(sample_axis_of(value), Untracked):
                 given[name] = tag(value, None)
         mode = TrackSamples(segments.size)
         mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -88,7 +88,7 @@ def stepping(module: nn.Module, plan: Plan, segments: Segments) -> Iterator[None
         kind, mode = under_way.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if segments.uses is not None and output is not None and not (mode.decided or mode.answers):
+            if segments.uses is not None and output is not None and not (mode.depends_on_values or mode.answers):
                 plan.paths[kind] = RecordedPath(tuple(segments.uses), ())
 
     encoder = _encoder_of(module)
@@ -119,4 +119,4 @@ def _by_rows(value: Any, dims: int, size: int, inner: int) -> Any:
         return value
     if value.ndim == dims and inner and value.shape[0] == size * inner:
         return tag(value, SampleAxis(0, inner))
-    return value if rows_of(value) is None else tag(value, None)
+    return value if sample_axis_of(value) is None else tag(value, None)

@@ -188,7 +188,7 @@ class MixedBatchRunner:
                 found, out_spec = tree_flatten(call.returns(copy.tree.module(*args, **kwargs)))
             segments.outlived = call.outlived
         axes = [rows_out(leaf) for leaf in found]
-        mixed = segments.outlived or mode.decided or any(map(is_mixed, found))
+        mixed = segments.outlived or mode.depends_on_values or any(map(is_mixed, found))
         if kind is not None and segments.uses is not None and not mixed and plan.divergences[kind] < MAX_DIVERGENCES:
             of_output = tuple(one for leaf, one in zip(found, axes, strict=True) if isinstance(leaf, Tensor))
             plan.paths[kind] = RecordedPath(tuple(segments.uses), of_output, tuple(mode.answers))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
 from ..kernels.choice import autocasts
-from ..tracking.sample_axis import SampleAxis, Untracked, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, Untracked, sample_axis_of, tag
 from ..weights import Dense, Slot
 from ..weights.call import current
 from .by_segment import by_experts, by_segment
@@ -48,7 +48,9 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if getattr(func, "__name__", "").endswith("grouped_mm"):
         return by_experts(func, args, kwargs)
     found = [
-        (place, rows_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
+        (place, sample_axis_of(leaf))
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
     ]
     followed = {place: rows for place, rows in found if isinstance(rows, SampleAxis)}
     lost = next((rows for _, rows in found if isinstance(rows, Untracked)), None)
@@ -80,7 +82,7 @@ class RoutedSlot(Placeholder):
 def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of attention: its padding mask is `(samples, keys)` even where it could not be told in the input."""
     mask = kwargs.get("key_padding_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and rows_of(mask) is None and mask.stride(0) != 0:
+    if isinstance(mask, Tensor) and mask.ndim == 2 and sample_axis_of(mask) is None and mask.stride(0) != 0:
         return {**kwargs, "key_padding_mask": tag(mask, SampleAxis(0, 1))}
     return kwargs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tracking.replay import DivergedError
-from ..tracking.sample_axis import SampleAxis, rows_of
+from ..tracking.sample_axis import SampleAxis, sample_axis_of
 
 Use = tuple[str, int, int]
 
@@ -64,7 +64,7 @@ class Segments:
                 raise DivergedError
             uses.append(self.expected[at])
             return True
-        axis = rows_of(x)
+        axis = sample_axis_of(x)
         found = isinstance(axis, SampleAxis) and axis.axis == 0 and axis.owners is None and x.shape[0] == axis.inner * self.size
         if not found:
             self.uses = None

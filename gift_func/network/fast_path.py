@@ -34,7 +34,8 @@ class FastPath:
     """
 
     def __init__(self, base: FrozenBase, tree: ModuleTree, adapted: Collection[str]) -> None:
-        slots = [*adapted, *(name for name in base.slots if name in tree.places and name not in adapted)]
+        known = {*adapted, *base.slots}
+        slots = [name for name in tree.places if name in known]  # in the network's order, whatever order they are given in
         self._base = base
         self._tree = tree
         self.fused = _fused(tree, slots)

@@ -37,7 +37,7 @@ class FrozenBase:
         self.weights: dict[str, Weight] = {
             name: tensor.weight if isinstance(tensor, Slot) else Dense(tensor) for name, tensor in self.tensors.items()
         }
-        self.slots = frozenset(name for name, tensor in self.tensors.items() if isinstance(tensor, Slot))
+        self.slots = tuple(name for name, tensor in self.tensors.items() if isinstance(tensor, Slot))
         self._watched = [
             (name, tensor)
             for name, tensor in self.tensors.items()

@@ -430,9 +430,8 @@ def test_read_tensors_are_the_files_and_have_memory_of_their_own(tmp_path: Path,
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "none": torch.zeros(2, 0, 4)}
     path = tmp_path / "tensors"
     save_file(tensors, path, {"note": "ü"})
-    with open(path, "rb", buffering=0) as file:
-        assert (safetensors_io._read(file, path.stat().st_size) is None) == fallback
-    (found, note), (mapped, _) = safetensors_io.copied(path), safetensors_io.mapped(path)
+    assert (safetensors_io._read_directly(path) is None) == fallback
+    (found, note), (mapped, _) = safetensors_io.read(path, copy=True), safetensors_io.read(path)
     path.write_bytes(b"\0" * path.stat().st_size)
     assert note == {"note": "ü"}
     assert found.keys() == mapped.keys() == tensors.keys()
