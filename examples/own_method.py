@@ -1,7 +1,7 @@
-"""A method of your own, in thirty lines, and the laws that tell whether it is right.
+"""A method of your own, in thirty lines, and the laws that it must obey.
 
 The method: *diagonal scaling and a rank-one change*, `W' = diag(1 + g)·W + u·vᵀ`. A method is a frozen dataclass with two
-pure functions. Training, merging, saving, vmap, per-sample gradients, compiling and checkpointing then come for nothing.
+pure functions. Training, merging, saving, vmap, per-sample gradients, compiling and checkpointing then work without more code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gift_func.weights import OnBase, Weight
 
 
 @dataclass(frozen=True)
-class ScaleAndNudge(gf.Method):
+class ScaleAndNudge(gf.WeightMethod):
     """`W' = diag(1 + g)·W + u·vᵀ` for a matrix W, `(out, in)`; g and u start at zero."""
 
     spread: float = 0.02
@@ -38,7 +38,7 @@ class ScaleAndNudge(gf.Method):
 
 
 class Nudged(OnBase):
-    """How such a weight acts: `dense` is the truth, `linear` the way to have it without forming a matrix."""
+    """The adapted weight: `dense` defines it, and `linear` computes a layer without the matrix."""
 
     def __init__(self, base: Weight, g: Tensor, u: Tensor, v: Tensor) -> None:
         self.base, self.g, self.u, self.v = base, g, u, v

@@ -52,7 +52,7 @@ One word for one thing:
 | bank, store | named adapters, one for each sample; a bank whose adapters are files |
 | segment, routed weight | neighbouring samples of one adapter; a weight for each segment |
 | sample axis | where the samples are in a tensor |
-| tracking, recorded path | following samples through a call; what a tracked call used, in which order, which later calls repeat |
+| tracking, recorded path | following samples through a call; what such a call used, in which order, for later calls |
 | trial, sweep | one setting; many of them trained as one run |
 """
 
@@ -83,6 +83,7 @@ from .methods import HRA as HRA
 from .methods import IA3 as IA3
 from .methods import OFT as OFT
 from .methods import AdaLoRA as AdaLoRA
+from .methods import AddedModule as AddedModule
 from .methods import BitFit as BitFit
 from .methods import Bottleneck as Bottleneck
 from .methods import Diff as Diff
@@ -96,11 +97,13 @@ from .methods import LoRA as LoRA
 from .methods import Method as Method
 from .methods import MiSS as MiSS
 from .methods import MixingLoRA as MixingLoRA
+from .methods import ModuleMethod as ModuleMethod
 from .methods import NormTuning as NormTuning
 from .methods import SHiRA as SHiRA
 from .methods import SVDiff as SVDiff
 from .methods import TrainableTokens as TrainableTokens
 from .methods import VeRA as VeRA
+from .methods import WeightMethod as WeightMethod
 from .network.frozen_base import FrozenBase as FrozenBase
 from .select import Selector as Selector
 from .select import Site as Site

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from .adapted_model import AdaptedModel, filled
 from .adapter import AdaptedParameter, AdaptedParameters, Adapter
-from .gift_protocol import Rules, caps_of, is_protocol, operate, seeded
+from .gift_protocol import Rules, caps_of, is_protocol, operate
 from .initialise import Initial, Shapes, parts_of
-from .methods import Full, Method, ModuleMethod
+from .methods import Full, Method
 from .network.base_view import BaseView, frozen_base_of
 from .network.copy_pool import CopyPool
 from .network.frozen_base import FrozenBase
 from .network.module_tree import ModuleTree, clone
-from .strategy import Placement, Strategy
+from .seeding import seeded
+from .strategy import ModulePlacement, Strategy
 
 
 def adapt(
@@ -109,9 +110,8 @@ def draw_adapter(base: FrozenBase, strategy: Any, initial: Initial, model: nn.Mo
         rules = None if operation.changed else Strategy.by_name(placements)
     else:
         rules = Strategy.of(strategy)
-        found = rules.place(base, model)
-        tree, fresh = _with_modules(base, found, initial.generator)
-        placements = [placement for placement in found if not isinstance(placement.method, ModuleMethod)]
+        placements, added = rules.place(base, model)
+        tree, fresh = _with_modules(base, added, initial.generator)
     parameters, tensors = parts_of(placements, initial, fresh)
     parameters.extend(AdaptedParameter(name, Full(), {"": name}) for name in fresh)
     return Adapter(AdaptedParameters(base, parameters), rules, {**tensors, **fresh}, tree=tree)
@@ -131,16 +131,15 @@ def base_of(model: nn.Module | FrozenBase | BaseView) -> FrozenBase:
 
 
 def _with_modules(
-    base: FrozenBase, placements: Sequence[Placement], generator: torch.Generator | None
+    base: FrozenBase, added: Sequence[ModulePlacement], generator: torch.Generator | None
 ) -> tuple[ModuleTree | None, dict[str, nn.Parameter]]:
-    """A copy of the network with the modules that placements add, if they add any, and those modules' parameters."""
-    added = [(placement.name, placement.method) for placement in placements if isinstance(placement.method, ModuleMethod)]
+    """A copy of the network with modules added to it, and their parameters by name; none where nothing is to be added."""
     if not added:
         return None, {}
     tree = base.tree.copy(clone)
     known = {id(tree.tensor(name)) for name in tree.places}
     with seeded(generator):
-        for name, method in added:
-            method.graft(tree.modules[name])
+        for placement in added:
+            placement.method.add_to(tree.modules[placement.name])
     tree = ModuleTree(tree.module)
     return tree, {name: tree.tensor(name) for name in tree.places if id(tree.tensor(name)) not in known}

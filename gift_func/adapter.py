@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._torch import lasting_outside
 from .adapter_dict import NameSpace
-from .methods import Method
+from .methods import WeightMethod
 from .network.copy_pool import CopyPool
 from .network.frozen_base import FrozenBase
 from .network.modes import Modes
@@ -35,7 +35,7 @@ class AdaptedParameter:
     """
 
     name: str
-    method: Method
+    method: WeightMethod
     names: dict[str, str]
 
 

@@ -19,12 +19,12 @@ from .initialise import Initial
 from .methods import DoRA, LoRA, Method
 from .methods.matrix import CONVOLUTIONS, HF_CONV1D
 from .methods.method import is_a
-from .methods.settings import FrozenMap
+from .methods.options import FrozenMap
 from .network.fast_path import FastPath
 from .network.frozen_base import FrozenBase
 from .network.module_tree import clone
 from .select import Regex
-from .strategy import Placement, Strategy
+from .strategy import Explanation, Placement, Strategy
 
 Forward = Callable[[Any, Any], object]
 Mask = Callable[[Any], Tensor | None]
@@ -90,15 +90,14 @@ def eva(
     plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
     found = rules.examine(base, plain)
     found.check()
-    taken = list(found.taken.values())
-    sites = {placement.name: placement for _, placement in taken if type(placement.method) in (LoRA, DoRA)}
+    sites = {placement.name: placement for _, placement in found.taken.values() if type(placement.method) in (LoRA, DoRA)}
     if not sites:
         raise AdaptError("EVA finds starting points for gf.LoRA and gf.DoRA, and no rule of the strategy places either")
     with torch.no_grad():
         spectra = _spectra(base, sites, batches, forward or _call, mask)
         ranks = _ranks(sites, spectra, float(rho))
     rows = {name: spectra[name].directions[:rank] for name, rank in ranks.items()}
-    return AdaptedModel(draw_adapter(base, _redistributed(rules, taken, ranks), _Calibrated(rows, generator)))
+    return AdaptedModel(draw_adapter(base, _redistributed(found, ranks), _Calibrated(rows, generator)))
 
 
 @dataclass(frozen=True)
@@ -248,11 +247,13 @@ def _ranks(sites: Mapping[str, Placement], spectra: Mapping[str, _Spectrum], rho
     return {name: first.count(name) for name in sites}
 
 
-def _redistributed(strategy: Strategy, taken: Iterable[tuple[int, Placement]], ranks: Mapping[str, int]) -> Strategy:
-    """The strategy with its sites by name and their new ranks, without those of rank 0."""
+def _redistributed(explanation: Explanation, ranks: Mapping[str, int]) -> Strategy:
+    """The strategy that names the sites it took, with their new ranks, and leaves out those of rank 0."""
     names: dict[int, list[str]] = {}
     found: dict[int, tuple[dict[str, int], dict[str, float]]] = {}
-    for index, placement in taken:
+    for name, (index, _) in explanation.added.items():
+        names.setdefault(index, []).append(re.escape(name))
+    for index, placement in explanation.taken.values():
         rank = ranks.get(placement.name)
         if placement.lead is not None or rank == 0:
             continue
@@ -272,7 +273,7 @@ def _redistributed(strategy: Strategy, taken: Iterable[tuple[int, Placement]], r
             alpha_pattern[module] = alpha
     rules: list[tuple[Regex, Method]] = []
     for index in sorted(names):
-        method = strategy.rules[index][1]
+        method = explanation.strategy.rules[index][1]
         if index in found:
             assert isinstance(method, LoRA)
             rank_pattern, alpha_pattern = found[index]

@@ -1,10 +1,9 @@
-"""The seed's protocol: (check, action) pairs that walk a private copy and may replace its modules."""
+"""GIFt's protocol: (check, action) pairs, called for the modules of a private copy, which they may replace."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import AdaptError
-from .methods import Method
+from .methods import Method, WeightMethod
 from .network.frozen_base import FrozenBase
 from .network.module_tree import ModuleTree, clone, join
+from .seeding import seeded
 from .select import Selector, Site
 from .strategy import Placement, Strategy
 
@@ -26,27 +26,27 @@ Cap = tuple[Check, Action, dict[str, Any]]
 
 
 class Rules(Protocol):
-    """What can be iterated over by index alone, as the seed's plain strategies can."""
+    """What can only be iterated over by index, such as GIFt's own strategies."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Pure:
-    """Base of actions that only read what they are handed and return methods.
+    """Base of actions that only read their arguments and return methods.
 
-    A strategy made only of such actions is handed the base's own tensors instead of clones of them. Such an action is
-    asked about the model itself too, where others are only asked about the modules in it.
+    A strategy of such actions alone is given the base's own tensors instead of clones of them. Such an action is also called
+    for the model itself, others only for the modules in it.
     """
 
 
 def is_pure(caps: Iterable[Cap]) -> bool:
-    """Whether no action of the strategy can write to what it is handed."""
+    """Whether no action of the strategy can write to its arguments."""
     return all(isinstance(action, Pure) for _, action, _ in caps)
 
 
 def is_protocol(strategy: object) -> bool:
-    """Whether a strategy is an iterable of the seed's (check, action[, paras]) and not of (selector, method)."""
+    """Whether a strategy is an iterable of GIFt's (check, action[, paras]) and not of (selector, method)."""
     if isinstance(strategy, (Strategy, Method, Mapping, str)) or not _iterable(strategy):
         return False
     return any(not (isinstance(cap[0], (Selector, str)) or cap[0] is None or _takes_a_site(cap)) for cap in _items(strategy))
@@ -69,13 +69,13 @@ def caps_of(strategy: object) -> list[Cap]:
 
 @dataclass(frozen=True)
 class Operation:
-    """What a strategy's actions made of a private copy.
+    """The result of a strategy's actions on a private copy.
 
     Attributes:
-        body: the copy, the base's tensors in place where no action changed them.
+        body: the copy, with the base's tensors where no action changed them.
         placements: the parameters that an action gave a method for.
-        fresh: the parameters that actions brought in or wrote to, by name.
-        changed: whether an action replaced or changed anything, so that the placements do not tell it all.
+        fresh: the parameters that actions added or wrote to, by name.
+        changed: whether an action replaced or changed anything, so that the placements are not the whole result.
     """
 
     body: ModuleTree
@@ -85,20 +85,20 @@ class Operation:
 
 
 def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | None = None) -> Operation:
-    """Walk a private copy from outside to inside; at every module the first check that holds has its action run.
+    """Visit the modules of a private copy, parents first; for each, run the action of the first check that is true.
 
-    An action may return a module, which takes the place of the one it was called for; a method, or a dict from names of
-    that module's parameters to methods, which adapt them; or nothing, having changed the parent or the module it was
-    handed, or in order to leave the module alone. The walk goes on below a module that was given a method, and not
-    below any other that an action ran for. A module that stands in several places is replaced by one and the same.
+    An action may return a module, which replaces the one it was called for; a method, or a dict from names of that
+    module's parameters to methods, which adapt them; or None, if it changed the parent or the module itself, or leaves the
+    module as it is. The modules inside are visited if the action returned a method or no check was true. A module that is
+    used in several places is replaced by one module in all of them.
 
     Args:
-        base: what the copy is made of; it is not changed.
+        base: the model that the copy is made of; it is not changed.
         caps: the strategy, as of `caps_of`.
-        generator: seeds the global random state while the actions run; that is then put back.
+        generator: seeds the global random state while the actions run, which is restored afterwards.
 
     Raises:
-        AdaptError: if nothing comes of it, if an action returns anything else, or if actions contradict each other.
+        AdaptError: if no action changes or adapts anything, if one returns anything else, or if actions contradict each other.
     """
     if is_pure(caps):
         body = base.tree.copy(clone)
@@ -107,9 +107,9 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         walk.check_found()
         return Operation(body, walk.placements, {}, changed=False)
     body = ModuleTree(base.tree.detached(_handed))
-    origins = {id(tensor): name for name, tensor in zip(base.tree.places, _parameters(body).values(), strict=True)}
-    handed = [(tensor, tensor._version) for tensor in _parameters(body).values()]  # also keeps their ids taken
-    versions = {id(tensor): version for tensor, version in handed}
+    origins = {id(tensor): name for name, tensor in zip(base.tree.places, _by_name(body).values(), strict=True)}
+    handed = list(_by_name(body).values())  # a reference to each, so that no new tensor has its id
+    versions = {id(tensor): tensor._version for tensor in handed}
     before = _census(body.module)
     walk = _Walk(body, caps)
     with seeded(generator):
@@ -118,16 +118,16 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
     changed = len(before) != len(after) or not all(map(is_, before, after))
     body = ModuleTree(root)
     fresh: dict[str, nn.Parameter] = {}
-    for name, tensor in _parameters(body).items():
+    for name, tensor in _by_name(body).items():
         origin = origins.get(id(tensor))
         if is_lazy(tensor):
             raise AdaptError(f"an action made {name!r}, which is not initialised yet; give its module its sizes")
-        if origin is None or tensor._version != versions[id(tensor)] or _differs(tensor, base.weights[origin].dense()):
+        if origin is None or tensor._version != versions[id(tensor)] or _was_written_to(tensor, base.weights[origin].dense()):
             fresh[name] = nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad)
     changed = changed or bool(fresh)
     walk.check_found(changed)
     _check_placements(walk.placements, body, fresh)
-    for name, tensor in _parameters(body).items():
+    for name, tensor in _by_name(body).items():
         if name not in fresh:
             body.bind(name, base.tensors[origins[id(tensor)]])
     return Operation(body, walk.placements, fresh, changed)
@@ -144,11 +144,11 @@ class _Walk:
         self._canonical = {alias: name for name, aliases in body.names.items() for alias in aliases}
         self._taken: set[str] = set()
         self._own = {id(module) for module in body.modules.values()}
-        # (module, rule) -> what took the module's place where it was met first.
+        # (module, rule) -> the module that replaced it where it was visited first.
         self._replaced: dict[tuple[int, int], nn.Module] = {}
 
     def run(self) -> nn.Module:
-        """Do it, and return the root, which is another module if an action replaced it."""
+        """Visit all modules, and return the root, which is another module if an action replaced it."""
         root = self.body.module
         holder = nn.Module()
         holder.add_module("model", root)
@@ -161,7 +161,7 @@ class _Walk:
         return holder.get_submodule("model")
 
     def check_found(self, changed: bool = False) -> None:
-        """Raise if nothing came of the walk."""
+        """Raise if the actions changed and adapted nothing."""
         if changed or self.placements:
             return
         kinds = sorted({type(module).__name__ for module in self.body.modules.values()})
@@ -179,12 +179,12 @@ class _Walk:
         rules = list(enumerate(self.caps))
         for name in list(parent._modules):
             child = parent._modules.get(name)
-            # What is None, or was removed or put there by an action, is none of the strategy's business.
+            # A child that is None, or that an action removed or put there, is not visited.
             if child is not None and id(child) in self._own and self._visit(parent, name, join(path, name), rules):
                 self._below(child, join(path, name))
 
     def _visit(self, parent: nn.Module, name: str, global_name: str, rules: Sequence[tuple[int, Cap]]) -> bool:
-        """Run the first action whose check holds; whether the walk goes on below the module."""
+        """Run the action of the first check that is true, and return whether to visit the modules inside."""
         module: nn.Module = getattr(parent, name)
         kind = type(module).__name__
         for index, (check, action, paras) in rules:
@@ -197,10 +197,10 @@ class _Walk:
             outcome = action(parent, name, global_name, kind, module, **paras)
             if isinstance(outcome, nn.Module):
                 setattr(parent, name, outcome)
-            stands = getattr(parent, name, None)
-            if stands is not module:
-                if isinstance(stands, nn.Module):
-                    self._replaced[id(module), index] = stands
+            current = getattr(parent, name, None)
+            if current is not module:
+                if isinstance(current, nn.Module):
+                    self._replaced[id(module), index] = current
                 return False
             if isinstance(outcome, (Method, Mapping)):
                 self._place(module, global_name, outcome)
@@ -227,29 +227,30 @@ class _Walk:
                 raise AdaptError(
                     f"an action gave a method for {unknown[0]!r} of {where}, which has {', '.join(sites) or 'none'}"
                 )
-            chosen = [(sites[name], method) for name, method in outcome.items()]
+            chosen = [(sites[name], _weight_method(method, where)) for name, method in outcome.items()]
             for site, method in chosen:
                 reason = method.why_not(site)
                 if reason is not None:
                     raise AdaptError(f"{method} cannot adapt {site.name!r}: it needs {reason}")
         else:
-            usual = [site for site in sites.values() if outcome.is_default_site(site)]
-            chosen = [(site, outcome) for site in usual or [s for s in sites.values() if not outcome.why_not(s)]]
-            overlooked = outcome.computed_weight_name(module)
-            if not usual and overlooked is not None:
+            method = _weight_method(outcome, where)
+            usual = [site for site in sites.values() if method.is_default_site(site)]
+            chosen = [(site, method) for site in usual or [s for s in sites.values() if not method.why_not(s)]]
+            computed = method.computed_weight_name(module)
+            if not usual and computed is not None:
                 raise AdaptError(
-                    f"{overlooked} of {where}, is computed from other parameters (a parametrization), so {outcome} has no "
+                    f"{computed} of {where}, is computed from other parameters (a parametrization), so {method} has no "
                     "parameter to adapt. Remove the parametrization from a copy of the model, or leave the module out."
                 )
             if sites and not chosen:
-                raise AdaptError(f"{outcome} cannot adapt any parameter of {where}")
+                raise AdaptError(f"{method} cannot adapt any parameter of {where}")
         for site, method in chosen:
             lead = self._add(site, method)
             for param_name, companion in method.for_site(site).companions(site).items():
                 if lead and param_name in sites and not (isinstance(outcome, Mapping) and param_name in outcome):
                     self._add(sites[param_name], companion, lead)
 
-    def _add(self, site: Site, method: Method, lead: Placement | None = None) -> Placement | None:
+    def _add(self, site: Site, method: WeightMethod, lead: Placement | None = None) -> Placement | None:
         name = self._canonical[site.name]
         if name in self._taken:  # a tied parameter is adapted once
             return None
@@ -258,11 +259,21 @@ class _Walk:
         return self.placements[-1]
 
 
+def _weight_method(method: object, where: str) -> WeightMethod:
+    """The method that an action returned, if it is one that adapts parameters."""
+    if not isinstance(method, WeightMethod):
+        raise AdaptError(
+            f"an action returned {method} for {where}, which adapts no parameter. A method that adds a module is the right "
+            "side of a rule with a pattern, as in gf.adapt(model, {'blocks.*': gf.Bottleneck()})"
+        )
+    return method
+
+
 def _check_placements(placements: Iterable[Placement], body: ModuleTree, fresh: Mapping[str, nn.Parameter]) -> None:
     """Raise if a parameter that an action gave a method for is no longer there, or not as it was."""
-    standing = _parameters(body)
+    parameters = _by_name(body)
     for placement in placements:
-        if standing.get(placement.name) is not placement.site.parameter:
+        if parameters.get(placement.name) is not placement.site.parameter:
             raise AdaptError(
                 f"an action gave a method for {placement.site.name!r}, and another one replaced {placement.name!r}, which is "
                 "the same parameter. Let only one of the strategy's checks hold there."
@@ -279,8 +290,8 @@ def _handed(parameter: Tensor) -> Tensor:
     return nn.Parameter(clone(parameter), requires_grad=parameter.dtype.is_floating_point)
 
 
-def _differs(tensor: Tensor, original: Tensor) -> bool:
-    """Whether a handed-out copy was written to by a way (`.data`) that leaves no trace but the values."""
+def _was_written_to(tensor: Tensor, original: Tensor) -> bool:
+    """Whether the values of a copy were changed, as through `.data`, which does not change its version."""
     if tensor.shape != original.shape or tensor.dtype != original.dtype or tensor.device != original.device:
         return True
     if tensor.is_meta or torch.equal(tensor, original):
@@ -289,7 +300,7 @@ def _differs(tensor: Tensor, original: Tensor) -> bool:
 
 
 def _census(root: nn.Module) -> list[object]:
-    """Every object that the tree's modules hold, hooks and parameters included: others, once anything was rebound."""
+    """All objects that the modules refer to, including hooks and parameters; other objects if anything was replaced."""
     found: list[object] = []
     for module in root.modules():
         found.append(module)
@@ -301,23 +312,8 @@ def _census(root: nn.Module) -> list[object]:
     return found
 
 
-def _parameters(body: ModuleTree) -> dict[str, nn.Parameter]:
+def _by_name(body: ModuleTree) -> dict[str, nn.Parameter]:
     return {name: body.tensor(name) for name in body.places}
-
-
-@contextmanager
-def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """With a generator, new modules draw from a state seeded by it, and the global random state stays as it was."""
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
 
 
 def _iterable(strategy: object) -> bool:
@@ -333,7 +329,7 @@ def _items(strategy: Any) -> list[Any]:
 
 
 def _takes_a_site(cap: Sequence[Any]) -> bool:
-    """Whether a rule's left side is a function of a Site: a method stands at its right and it takes one argument."""
+    """Whether a rule is a function of a Site and a method: its left side takes one argument, its right side is a method."""
     if len(cap) != 2 or not isinstance(cap[1], Method) or not callable(cap[0]):
         return False
     try:

@@ -1,11 +1,11 @@
-"""An adapter's initial tensors: drawn, or only their names and shapes, and the global names they go by."""
+"""An adapter's initial tensors, drawn or as names and shapes only, and their global names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 from .adapter import AdaptedParameter
 from .errors import AdaptError
-from .methods import Method
-from .methods.method import is_by_shape
+from .methods import WeightMethod
+from .methods.weight_method import is_by_shape
 from .select import Site
 from .strategy import Placement
 
 _FILLS = frozenset([Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_, Tensor.div_, Tensor.mul_])
 
 
-class Unfilled(TorchFunctionMode):
-    """Within it nothing is written to tensors without values: torch takes much longer to do so than to do nothing."""
+class SkipFills(TorchFunctionMode):
+    """Skip filling tensors on the meta device, which takes torch much longer than doing nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FILLS and args[0].is_meta:
@@ -35,67 +35,66 @@ class Initial:
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
-        self._bare: dict[object, dict[str, Tensor]] = {}
+        self._without_values: dict[object, dict[str, Tensor]] = {}
 
     def site(self, site: Site) -> Site:
-        """The site as the method is shown it."""
+        """The site that the method is given."""
         return site
 
     def own(self, placement: Placement) -> dict[str, Tensor]:
-        """The tensors of one placement, by the method's names."""
+        """The tensors of one placement, by their short names."""
         site = placement.site
         if site.parameter.is_meta:
-            return {name: _like(tensor) for name, tensor in self.bare(placement.method, site).items()}
+            return {name: _like(tensor) for name, tensor in self.without_values(placement.method, site).items()}
         return placement.method.init_tensors(self.site(site), self.generator)
 
-    def bare(self, method: Method, site: Site) -> dict[str, Tensor]:
-        """The method's tensors without values, by its names; not to be kept, for other places may have the same."""
+    def without_values(self, method: WeightMethod, site: Site) -> dict[str, Tensor]:
+        """The method's tensors without values, by their short names; the same tensors for all sites that are alike."""
         if not is_by_shape(method):
-            return self._init_bare(method, site)
-        options = (getattr(method, item.name) for item in fields(cast(Any, method)))
+            return self._init_without_values(method, site)
+        options = (getattr(method, item.name) for item in fields(method))
         key = type(method), *options, site.parameter.shape, site.parameter.dtype
-        found = self._bare.get(key)
+        found = self._without_values.get(key)
         if found is None:
-            found = self._bare[key] = self._init_bare(method, site)
+            found = self._without_values[key] = self._init_without_values(method, site)
         return found
 
-    def _init_bare(self, method: Method, site: Site) -> dict[str, Tensor]:
+    def _init_without_values(self, method: WeightMethod, site: Site) -> dict[str, Tensor]:
         site = self.site(site)
-        with Unfilled() if site.parameter.is_meta else nullcontext():
+        with SkipFills() if site.parameter.is_meta else nullcontext():
             return method.init_tensors(site, self.generator)
 
-    def common(self, group: Sequence[Placement]) -> dict[str, Tensor]:
-        """The tensors that all placements of one rule share."""
+    def shared(self, group: Sequence[Placement]) -> dict[str, Tensor]:
+        """The tensors that all placements of one rule share, by their short names."""
         rule = group[0].rule
-        if type(rule).shared_tensors is Method.shared_tensors:
+        if type(rule).shared_tensors is WeightMethod.shared_tensors:
             return {}
         return rule.shared_tensors([self.site(placement.site) for placement in group], self.generator)
 
     def parameter(self, tensor: Tensor, trained: bool) -> nn.Parameter:
-        """A tensor of the adapter."""
+        """A tensor as a parameter of the adapter."""
         return nn.Parameter(tensor.detach(), requires_grad=trained)
 
 
 class Shapes(Initial):
-    """Tensors without values, and without a draw from any generator: for others that are about to be given."""
+    """Tensors without values, which draw from no generator: the names, shapes and types that a state must have."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__(generator or torch.Generator())
         self._parameters: dict[tuple[Tensor, bool], nn.Parameter] = {}
 
     def site(self, site: Site) -> Site:
-        """The site with a parameter that has a shape and a type only."""
+        """The site with its parameter on the meta device."""
         if site.parameter.is_meta:
             return site
-        bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
-        return replace(site, parameter=bare)
+        return replace(site, parameter=torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta"))
 
     def own(self, placement: Placement) -> dict[str, Tensor]:
-        """The tensors of one placement, by the method's names; places that are alike have the same."""
-        return self.bare(placement.method, placement.site)
+        """The tensors of one placement, by their short names; the same tensors for all sites that are alike."""
+        return self.without_values(placement.method, placement.site)
 
     def parameter(self, tensor: Tensor, trained: bool) -> nn.Parameter:
-        """What a tensor of the adapter is like."""
+        """A tensor as a parameter; the same one each time."""
         found = self._parameters.get((tensor, trained))
         if found is None:
             found = self._parameters[tensor, trained] = super().parameter(tensor, trained)
@@ -107,23 +106,28 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def common_name(local: str, before: int) -> str:
-    """The global name of a tensor that one rule's places share, after so many rules with a tensor of that name."""
+def shared_name(local: str, before: int) -> str:
+    """The global name of a tensor that one rule's sites share.
+
+    Args:
+        local: its short name.
+        before: how many earlier rules share a tensor of that name.
+    """
     return f"{local}_{before + 1}" if before else local
 
 
 def parts_of(
     placements: Sequence[Placement], initial: Initial, taken: Iterable[str]
 ) -> tuple[list[AdaptedParameter], dict[str, nn.Parameter]]:
-    """The parts that placements make, and their tensors under global names.
+    """The adapted parameters of a list of placements, and their tensors by global name.
 
     Args:
-        placements: the adapted parameters.
-        initial: where the tensors come from.
+        placements: what is adapted.
+        initial: makes the tensors.
         taken: global names that are in use.
 
     Raises:
-        AdaptError: if two tensors would go by one name.
+        AdaptError: if two tensors would have one name.
     """
     taken = set(taken)
     tensors: dict[str, nn.Parameter] = {}
@@ -141,8 +145,8 @@ def parts_of(
     with torch.no_grad():
         for group in groups.values():
             shared = {}
-            for local, tensor in initial.common(group).items():
-                shared[local] = common_name(local, used.setdefault(local, 0))
+            for local, tensor in initial.shared(group).items():
+                shared[local] = shared_name(local, used.setdefault(local, 0))
                 used[local] += 1
                 add(shared[local], tensor, trained=False)
             for placement in group:
@@ -153,6 +157,6 @@ def parts_of(
                 add(name, tensor, trained=local not in placement.method.frozen)
     parts = []
     for placement in placements:
-        led = names[id(placement.lead)] if placement.lead else {}
-        parts.append(AdaptedParameter(placement.name, placement.method, {**led, **names[id(placement)]}))
+        from_lead = names[id(placement.lead)] if placement.lead else {}
+        parts.append(AdaptedParameter(placement.name, placement.method, {**from_lead, **names[id(placement)]}))
     return parts, tensors

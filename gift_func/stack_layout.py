@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .adapted_model import AdaptedModel
 from .adapter import AdaptedParameter, AdaptedParameters
 from .errors import AdaptError
-from .methods import Method
+from .methods import WeightMethod
 from .network.frozen_base import FrozenBase
 from .network.module_tree import clone
 from .strategy import Strategy
@@ -259,7 +259,7 @@ class _Place:
             return method.init_tensors(site, torch.Generator(site.parameter.device).manual_seed(0))
 
 
-def _differs(method: Method, wide: Method, ranked: bool) -> str | None:
+def _differs(method: WeightMethod, wide: WeightMethod, ranked: bool) -> str | None:
     """Why two methods cannot stand in one stack; None where they differ in rank, scale and start at most."""
     if method == wide:
         return None

@@ -1,4 +1,4 @@
-"""Strategies: ordered rules, each a selector and a method, and what they make of a model."""
+"""Strategies: ordered rules, each a selector and a method, and which parameters of a model they take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import AdaptError, nearest
-from .methods import Method, ModuleMethod
+from .methods import Method, ModuleMethod, WeightMethod
 from .network.frozen_base import FrozenBase
 from .network.module_tree import join
 from .select import Regex, Selector, Site, as_selector
@@ -29,15 +29,15 @@ class Placement:
     Attributes:
         name: the parameter's dotted name.
         site: where the parameter was found; another place of it, where it is tied.
-        method: the method, settled for the site.
-        rule: the method as it stands in the rule; placements of one rule share tensors.
-        lead: the placement that this one came along with, whose tensors it sees.
+        method: the method as it applies to the site.
+        rule: the method as it is in the rule; placements of one rule share tensors.
+        lead: the placement whose method named this one as a companion; its tensors are this one's too.
     """
 
     name: str
     site: Site
-    method: Method
-    rule: Method
+    method: WeightMethod
+    rule: WeightMethod
     lead: Placement | None = None
 
     def full_name(self, tensor: str) -> str:
@@ -46,6 +46,21 @@ class Placement:
             return self.name
         module_name, _, param_name = self.name.rpartition(".")
         return join(module_name if param_name == "weight" else self.name, tensor)
+
+
+@dataclass(frozen=True)
+class ModulePlacement:
+    """One module and the method that adds another one to it.
+
+    Attributes:
+        name: the module's dotted name.
+        host: the module.
+        method: the method as it applies to the module.
+    """
+
+    name: str
+    host: nn.Module
+    method: ModuleMethod
 
 
 class Strategy:
@@ -125,7 +140,7 @@ class Strategy:
 
     @staticmethod
     def of(value: object) -> Strategy:
-        """What `adapt` is given, as a strategy: a method, a mapping of patterns, pairs, or a strategy.
+        """The strategy that `adapt`'s argument means: a method, a mapping of patterns, pairs, or a strategy.
 
         Raises:
             TypeError: for anything else.
@@ -145,10 +160,10 @@ class Strategy:
 
     @staticmethod
     def by_name(placements: Iterable[Placement]) -> Strategy:
-        """The strategy that leads to just these placements."""
+        """The strategy that makes just these placements."""
         names: dict[Method, list[str]] = {}
         for placement in placements:
-            if placement.lead is None:  # the others come along again
+            if placement.lead is None:  # the others are companions again
                 names.setdefault(placement.method, []).append(re.escape(placement.name))
         return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
 
@@ -166,28 +181,29 @@ class Strategy:
         return self.examine(FrozenBase.of(model), model)
 
     def examine(self, base: FrozenBase, model: nn.Module | None = None) -> Explanation:
-        """`explain` for a base that is already there.
+        """`explain` for a model that is frozen already.
 
         Args:
-            model: the model the base was made of, for selectors that compare its own modules.
+            base: the frozen model.
+            model: the model that the base was made of, for selectors that compare its own modules.
         """
         seen = [0] * len(self.rules)
         reasons: list[tuple[Site, str] | None] = [None] * len(self.rules)
         taken: dict[str, tuple[int, Placement]] = {}
+        added: dict[str, tuple[int, ModulePlacement]] = {}
         left_out: dict[str, tuple[int, Site, str]] = {}
         groups = base.sites(model)
-        for index, (selector, method) in enumerate(self.rules):
-            if isinstance(method, ModuleMethod):
-                for site in _hosts(base, model, selector or as_selector(method.is_default_site)):
-                    reason = method.why_not(site)
+        for index, (selector, rule) in enumerate(self.rules):
+            if isinstance(rule, ModuleMethod):
+                for site in _hosts(base, model, selector or as_selector(rule.is_default_site)):
+                    reason = rule.why_not(site)
                     if reason is not None:
                         reasons[index] = reasons[index] or (site, reason)
                         continue
                     seen[index] += 1
-                    taken.setdefault(site.name, (index, Placement(site.name, site, method, method)))
-        for group, (index, rule) in product(groups, enumerate(self.rules)):
-            selector, method = rule
-            if isinstance(method, ModuleMethod):
+                    added.setdefault(site.name, (index, ModulePlacement(site.name, site.module, rule.for_site(site))))
+        for group, (index, (selector, method)) in product(groups, enumerate(self.rules)):
+            if not isinstance(method, WeightMethod):
                 continue
             for site in group:
                 if not (method.is_default_site(site) if selector is None else selector(site)):
@@ -207,38 +223,36 @@ class Strategy:
                 sites = sites or {site.name: group for group in groups for site in group}
                 group = sites.get(join(placement.site.module_name, param_name), [])
                 if group and group[0].name not in taken:
-                    taken[group[0].name] = (
-                        index,
-                        Placement(group[0].name, group[0], method.for_site(group[0]), method, placement),
-                    )
-        order = {group[0].name: position for position, group in enumerate(groups)}
-        ordered = {name: taken[name] for name in sorted(taken, key=lambda name: order.get(name, -1))}
+                    site = group[0]
+                    taken[site.name] = index, Placement(site.name, site, method.for_site(site), method, placement)
+        ordered = {group[0].name: taken[group[0].name] for group in groups if group[0].name in taken}
         left_out = {name: refusal for name, refusal in left_out.items() if name not in taken}
-        return Explanation(self, groups, base.tree.modules, ordered, seen, reasons, left_out)
+        return Explanation(self, groups, base.tree.modules, ordered, added, seen, reasons, left_out)
 
-    def place(self, base: FrozenBase, model: nn.Module | None = None) -> list[Placement]:
-        """The placements, one for each adapted parameter.
+    def place(self, base: FrozenBase, model: nn.Module | None = None) -> tuple[list[Placement], list[ModulePlacement]]:
+        """The placements, one for each adapted parameter, and the module placements, one for each host of an added module.
 
         Raises:
-            AdaptError: if a rule takes nothing, or would have to pass over a computed weight.
+            AdaptError: if a rule takes nothing, or would have to leave a computed weight out.
         """
         found = self.examine(base, model)
         found.check()
-        return [placement for _, placement in found.taken.values()]
+        return [placement for _, placement in found.taken.values()], [placement for _, placement in found.added.values()]
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a strategy makes of a model; prints as a table.
+    """Which rule of a strategy takes which parameter of a model; prints as a table.
 
     Attributes:
         strategy: the strategy.
-        groups: every parameter, as the sites it can be reached by.
+        groups: every parameter, as its sites: several where it is tied.
         modules: every module, by dotted name.
         taken: parameter name -> (index of the rule, placement).
-        selected: for each rule, how many sites it selects that its method can adapt, won or not.
+        added: module name -> (index of the rule, module placement).
+        selected: for each rule, how many sites it selects that its method can adapt, those of earlier rules included.
         reasons: for each rule, a selected site that its method cannot adapt, and what is missing.
-        left_out: parameters of a kind that a rule's method usually takes, which it cannot adapt and no other rule takes:
+        left_out: usual sites of a rule's method that it cannot adapt and that no other rule takes:
             parameter name -> (index of the rule, site, what is missing).
     """
 
@@ -246,17 +260,17 @@ class Explanation:
     groups: list[list[Site]]
     modules: dict[str, nn.Module]
     taken: dict[str, tuple[int, Placement]]
+    added: dict[str, tuple[int, ModulePlacement]]
     selected: list[int]
     reasons: list[tuple[Site, str] | None]
     left_out: dict[str, tuple[int, Site, str]]
 
     def check(self) -> None:
-        """Raise an `AdaptError` for the first rule that takes nothing or passes over a computed weight."""
-        won = {index for index, _ in self.taken.values()}
+        """Raise an `AdaptError` for the first rule that takes nothing or leaves a computed weight out."""
         for index, (selector, method) in enumerate(self.strategy.rules):
-            if selector is None:
+            if selector is None and isinstance(method, WeightMethod):
                 self._check_computed(method)
-            if index in won:
+            if self._count(index):
                 continue
             label = self._label(index)
             reason = self.reasons[index]
@@ -275,6 +289,10 @@ class Explanation:
         for index, site, reason_left in self.left_out.values():
             raise self._cannot(index, site, reason_left)
 
+    def _count(self, index: int) -> int:
+        """How many places a rule takes."""
+        return sum(index == other for other, _ in (*self.taken.values(), *self.added.values()))
+
     def _label(self, index: int) -> str:
         selector, method = self.strategy.rules[index]
         return f"rule {index} ({'usual sites' if selector is None else repr(selector)}: {method})"
@@ -286,7 +304,7 @@ class Explanation:
             "another method, or leave it out of this one."
         )
 
-    def _check_computed(self, method: Method) -> None:
+    def _check_computed(self, method: WeightMethod) -> None:
         for module_name, module in self.modules.items():
             attribute = method.computed_weight_name(module)
             if attribute is not None:
@@ -309,16 +327,14 @@ class Explanation:
                     "-" if placement is None else str(placement.method),
                 )
             )
-        for name, (index, placement) in self.taken.items():
-            if isinstance(placement.method, ModuleMethod):
-                rows.append((name, type(placement.site.module).__name__, str(index), str(placement.method)))
+        for name, (index, added) in self.added.items():
+            rows.append((name, type(added.host).__name__, str(index), str(added.method)))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        won = [index for index, _ in self.taken.values()]
         for index, (selector, method) in enumerate(self.strategy.rules):
             what = "usual sites" if selector is None else repr(selector)
-            count = won.count(index)
+            count = self._count(index)
             note = f"{count} parameter{'s' * (count != 1)}" if count else "takes nothing"
             lines.append(f"rule {index}: {what} -> {method}: {note}")
         return "\n".join(lines)
@@ -327,7 +343,7 @@ class Explanation:
 
 
 def _hosts(base: FrozenBase, model: nn.Module | None, selector: Selector) -> list[Site]:
-    """The outermost modules that a selector selects, as sites; the model itself is none."""
+    """The outermost modules that a selector selects, as sites; never the model itself."""
     root = base.tree.module if model is None else model
     nothing = torch.empty(0)
     found: list[Site] = []

@@ -14,7 +14,6 @@ from ..adapted_model import AdaptedModel, IncompatibleKeys, check_state
 from ..adapter import Adapter
 from ..adapter_dict import AdapterDict
 from ..errors import AdaptError
-from ..gift_protocol import seeded
 from ..methods import Method
 from ..network.base_view import BaseView
 from ..network.copy_pool import CopyPool
@@ -22,6 +21,7 @@ from ..network.frozen_base import FrozenBase
 from ..network.module_tree import ModuleTree, clone, copied, named
 from ..network.runner import Runner
 from ..printing import summary, tree
+from ..seeding import seeded
 from ..stack_layout import StackLayout
 from .mixed_batch import MixedMembers
 from .vmap_or_loop import CannotBatchError, Member, batched, one_by_one, without_rule

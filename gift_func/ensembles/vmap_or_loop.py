@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
-from ..gift_protocol import seeded
 from ..network.module_tree import ModuleTree
+from ..seeding import seeded
 from .vmap_mode import DisagreementError, VmapMode
 
 _TENSOR = object()

@@ -1,4 +1,4 @@
-"""When a layer may be computed in one piece by an `autograd.Function` of its own."""
+"""When a layer may be computed by an `autograd.Function` of its own."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from .._torch import is_transformed
 
 
-def fuses(x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor) -> bool:
-    """Whether gradients are on, nothing transforms the layer, and its tensors are plain ones of one wide element type.
+def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor) -> bool:
+    """Whether gradients are enabled, no transform is active, and the tensors are plain ones of one 32- or 64-bit type.
 
     Under `torch.func` transforms and `torch.compile` separate operations are faster (measured: 2 to 8 networks of 128 to
-    1,024 tokens each). In a narrow type a weight that is formed in between would round a small change away.
+    1,024 tokens each). In half precision, rounding the sum of weight and change would lose a small change.
 
     Args:
         x: `(..., in)`.
         weight: W, which must be a frozen matrix.
-        bias: its bias.
-        own: what the adapter holds.
+        bias: `(out,)` or None.
+        own: the adapter's tensor.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.ndim < 2 or weight.ndim != 2:
         return False
@@ -29,6 +29,6 @@ def fuses(x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor) -> bool:
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor lies, so that operations choose their element types themselves."""
+    """Whether autocast is enabled on the tensor's device, so that operations choose their element types themselves."""
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

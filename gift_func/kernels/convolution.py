@@ -1,7 +1,7 @@
-"""`conv(x, s·B·A)`, as one kernel or as two convolutions: into r channels by A, then point by point by B.
+"""`conv(x, s·B·A)`, as one kernel or as two convolutions: one into r channels by A, then a pointwise one by B.
 
-The kernel is small and cheap to form, but its gradient costs as much as the layer's forward. The two convolutions cost
-more passes over the activations. So narrow layers form the kernel and wide ones do not.
+The kernel is small and cheap to compute, but its gradient costs as much as the layer's forward. The two convolutions take
+more passes over the activations. So narrow layers compute the kernel and wide ones do not.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from .._torch import is_transformed
 
 PASSES = 256
-"""Products that the two convolutions' passes cost for each channel (measured: 64 channels of 3×3 lose, 128 break even)."""
+"""Cost of the two convolutions' passes in products for each channel (measured: slower at 64 channels of 3×3, even at 128)."""
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution function with its stride, padding and the rest; called with input, kernel and bias.
+    """A convolution function with its stride, padding and so on; called with input, kernel and bias.
 
     Attributes:
-        function: `torch.conv2d` or another of its kind.
-        args: what follows the bias.
-        kwargs: the same by name.
+        function: `torch.conv2d` or another convolution.
+        args: the arguments after the bias.
+        kwargs: the keyword arguments.
         transposed: whether it is a transposed convolution.
     """
 
@@ -40,11 +40,11 @@ class Conv:
         return self.function(x, weight, bias, *self.args, **self.kwargs)
 
 
-def splits(conv: object, x: Tensor, shape: torch.Size, left: Tensor, right: Tensor) -> TypeGuard[Conv]:
-    """Whether the change is a convolution into r channels and another point by point: no groups, not transposed.
+def can_split(conv: object, x: Tensor, shape: torch.Size, left: Tensor, right: Tensor) -> TypeGuard[Conv]:
+    """Whether the change can be two convolutions, the second pointwise: without groups, and not transposed.
 
     Args:
-        conv: what is to be done with the kernel.
+        conv: the operation on the kernel.
         x: the input.
         shape: of the kernel, `(out, in/groups, ...)`.
         left: B, `(out, r)`.
@@ -55,7 +55,7 @@ def splits(conv: object, x: Tensor, shape: torch.Size, left: Tensor, right: Tens
 
 
 def splitting_pays(shape: torch.Size, left: Tensor, right: Tensor) -> bool:
-    """Whether the kernel's gradient, which is wanted, costs more than two convolutions and their gradients."""
+    """Whether the kernel's gradient is needed and costs more than two convolutions and their gradients."""
     if not torch.is_grad_enabled():
         return False
     if not torch.compiler.is_compiling() and not any(t.requires_grad or is_transformed(t) for t in (left, right)):
@@ -64,7 +64,7 @@ def splitting_pays(shape: torch.Size, left: Tensor, right: Tensor) -> bool:
     return rows * columns > 2 * rank * (rows + columns) + PASSES * (rows + shape[1])
 
 
-def split(conv: Conv, x: Tensor, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-    """`conv(x, B·A)` as two convolutions; arguments as for `splits`."""
+def split_convolution(conv: Conv, x: Tensor, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
+    """`conv(x, B·A)` as two convolutions; arguments as of `can_split`."""
     thin = conv(x, right.unflatten(1, shape[1:]), None)
     return conv.function(thin, left.reshape(*left.shape, *[1] * (len(shape) - 2)))

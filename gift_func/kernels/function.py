@@ -1,4 +1,4 @@
-"""The one place that calls an `autograd.Function`, which torch leaves untyped and slow to call."""
+"""Calls of `autograd.Function`s, which torch leaves untyped and makes slow."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.autograd import Function
 Kind = TypeVar("Kind", bound=type[Function])
 
 
-def quick(kind: Kind) -> Kind:
-    """The class, with the signature of its forward at hand.
+def with_signature(kind: Kind) -> Kind:
+    """Decorate an `autograd.Function` with the signature of its forward.
 
-    Torch asks `inspect` for it in every call, which looks first for what is set here: 25 of a call's 35 microseconds.
+    Torch calls `inspect.signature` in every call, which returns what is set here: this saves 25 of 35 microseconds.
     """
     forward: Any = kind.forward
     forward.__signature__ = inspect.signature(forward)
@@ -21,5 +21,5 @@ def quick(kind: Kind) -> Kind:
 
 
 def apply(function: type[Function], *inputs: Any) -> Any:
-    """What the function's forward returns, recorded for autograd and `torch.func`."""
+    """The output of the function's forward, recorded for autograd and `torch.func`."""
     return function.apply(*inputs)

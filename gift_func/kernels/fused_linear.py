@@ -1,9 +1,9 @@
-"""`x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ` in one piece: what a low-rank linear layer costs where there are many tokens.
+"""`x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ` in one autograd function, which is faster for many tokens.
 
-As separate operations the change is a fresh output, a scaling and an addition, each one more pass over activations in
-new memory. Here it is added into the base's own fresh output; only x and the r-wide product are kept. It is the layer of
-a stack of adapters whose members are the same one, each with its piece of the tokens: on a CPU the r-wide products of
-pieces cost less than those of the whole.
+As separate operations the change is a new output, a scaling and an addition, each one more pass over activations in
+new memory. Here it is added to the base's output in place, and only x and the r-wide product are saved for backward. The
+computation is that of a stack of adapters that are all the same, each with a chunk of the tokens: on a CPU the r-wide
+products of chunks cost less than those of all tokens.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .choice import autocasts
 from .function import apply
 from .stacked_linear import StackedLinear
 
-MANY = 128
-"""Tokens from which on the saved passes are worth a Python function in the graph (measured: 32 lose, 1,024 win)."""
+MIN_TOKENS = 128
+"""Tokens from which on the saved passes outweigh a Python function in the graph (measured: slower at 32, faster at 1,024)."""
 
-MANY_TRANSFORMED = 512
-"""The same under `torch.func` transforms, whose machinery costs more (measured: 256 lose, 1,024 win)."""
+MIN_TOKENS_TRANSFORMED = 512
+"""The same under `torch.func` transforms, where the function costs more (measured: slower at 256, faster at 1,024)."""
 
-PIECES, MANY_PIECES = 8, 512
-"""Into how many pieces the tokens are cut, and from how many tokens on (measured on two cores: 4 to 16 gain alike)."""
+CHUNKS, MIN_TOKENS_IN_CHUNKS = 8, 512
+"""Number of chunks of tokens, and of tokens from which on (measured on two cores: 4 to 16 chunks are equally fast)."""
 
 
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float | Tensor
 ) -> Tensor | None:
-    """The layer in one piece, or None where the separate operations are to be used.
+    """The layer by the fused kernel, or None where separate operations are to be used.
 
     Args:
         x: `(..., in)`.
@@ -46,7 +46,7 @@ def low_rank_linear(
         return None
     tokens = x.shape[:-1].numel()
     transformed = is_transformed(x) or is_transformed(right) or is_transformed(left)
-    if tokens < MANY and right.requires_grad and not transformed and torch.is_grad_enabled():
+    if tokens < MIN_TOKENS and right.requires_grad and not transformed and torch.is_grad_enabled():
         return None
     tensors = [x, weight, left, right] if bias is None else [x, weight, left, right, bias]
     if isinstance(scale, Tensor) or weight.requires_grad or x.ndim < 2:
@@ -57,28 +57,28 @@ def low_rank_linear(
         return None
     flat = x.reshape(-1, x.shape[-1])
     if transformed or any(map(is_transformed, tensors)):
-        # A batch of x, or of adapters that share x, is hidden in the tensors' wholes.
+        # The shapes do not show the batch of a transform, of x or of adapters that share x; whole tensors do.
         batch = max(whole_numel(t) // max(t.numel(), 1) for t in (x, left, right))
-        if tokens * batch < MANY_TRANSFORMED:
+        if tokens * batch < MIN_TOKENS_TRANSFORMED:
             return None
         if in_one_vmap(tensors) and not is_transformed(weight):
             return _of_members(x, weight, bias, left, right, scale)
-        pieces = 1
+        chunks = 1
     elif not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         y = F.linear(flat, weight, bias)
         y.addmm_(F.linear(flat, right), left.mT, alpha=scale)
         return y.view(*x.shape[:-1], weight.shape[0])
-    elif tokens >= MANY:
-        pieces = PIECES if x.device.type == "cpu" and tokens >= MANY_PIECES and tokens % PIECES == 0 else 1
+    elif tokens >= MIN_TOKENS:
+        chunks = CHUNKS if x.device.type == "cpu" and tokens >= MIN_TOKENS_IN_CHUNKS and tokens % CHUNKS == 0 else 1
     else:
         return None
-    x3, left3, right3 = flat.unflatten(0, (pieces, -1)), left.expand(pieces, -1, -1), right.expand(pieces, -1, -1)
+    x3, left3, right3 = flat.unflatten(0, (chunks, -1)), left.expand(chunks, -1, -1), right.expand(chunks, -1, -1)
     made: Tensor = apply(StackedLinear, x3, weight, bias, left3, right3, scale)[0]
     return made.view(*x.shape[:-1], weight.shape[0])
 
 
 def _of_members(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """The layer of all members of the only `torch.vmap` under way, outside of it."""
+    """The layer for all members of the only active `torch.vmap`, computed outside of it."""
     shape, out = x.shape[:-1], weight.shape[0]
     (x, x_own), (left, left_own), (right, right_own) = map(_whole, (x, left, right))
     shift: Tensor | None = None
@@ -101,6 +101,6 @@ def _of_members(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, ri
 
 
 def _whole(tensor: Tensor) -> tuple[Tensor, bool]:
-    """A tensor with the batch that hides in it first, and whether there is one."""
+    """A tensor with vmap's batch as its first dimension, and whether it has one."""
     own = is_batched(tensor)
     return (batch_of(tensor) if own else tensor), own

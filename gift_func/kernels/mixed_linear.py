@@ -1,7 +1,7 @@
-"""`y = x·Wᵀ + bias`, and `+ s·(x·A_nᵀ)·B_nᵀ` in the rows of adapter n: a batch whose rows have adapters of their own.
+"""`y = x·Wᵀ + bias`, and `+ s·(x·A_nᵀ)·B_nᵀ` in the rows of adapter n: a batch whose rows have different adapters.
 
-W meets all rows in one product. Rows of one adapter are neighbours, so each change is added into a slice of the fresh
-output; no adapter's factors are copied per row.
+All rows are multiplied by W in one product. The rows of an adapter are contiguous, so its change is added to a slice of the
+output in place; no adapter's factors are copied for each row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .function import apply, quick
-from .stacked_linear import StackedLinear, over
+from .function import apply, with_signature
+from .stacked_linear import StackedLinear, vmap_over
 
 Sizes = tuple[int, ...]
 
@@ -25,13 +25,13 @@ def mixed_linear(
     """The layer on rows that are ordered by adapter.
 
     Args:
-        x: `(R, in)`, the rows of adapter 0, of adapter 1, ..., and last those without one.
+        x: `(R, in)`, the rows of adapter 0, of adapter 1, ..., and last those without an adapter.
         weight: W, `(out, in)`, frozen.
         bias: `(out,)` or None.
         left: B, `(K, out, r)`.
         right: A, `(K, r, in)`.
         scale: s.
-        sizes: how many rows each of the K adapters has, at least 1.
+        sizes: number of rows of each of the K adapters, at least 1.
 
     Returns:
         `(R, out)`.
@@ -48,7 +48,7 @@ def mixed_linear(
     return made
 
 
-@quick
+@with_signature
 class MixedLinear(torch.autograd.Function):
     """The pair `(y, h)`; h `(r, rows with an adapter)` is an output because second derivatives flow through it."""
 
@@ -118,14 +118,14 @@ class MixedLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return over(_plain, in_dims, inputs), (0, 0)
+        return vmap_over(_plain, in_dims, inputs), (0, 0)
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     y = F.linear(x, weight, bias)
-    # As in `stacked_linear`, of the two orders the one that reads the activations by rows.
+    # As in `stacked_linear`, the order of the product that reads activations by rows.
     if len(set(sizes)) == 1:
         h = right @ _even(x, sizes).mT
         _even(y, sizes).baddbmm_(h.mT, left.mT, alpha=scale)
@@ -143,7 +143,7 @@ def _plain(
 
 
 def _thin(rows: Tensor, factors: Tensor, sizes: Sizes) -> Tensor:
-    """`F_n·xᵀ` of the rows of adapter n, side by side: `(r, rows with an adapter)`."""
+    """`F_n·xᵀ` for the rows of adapter n, concatenated: `(r, rows with an adapter)`."""
     return torch.cat([factors[k] @ part.mT for k, part in _parts(rows, sizes)], 1)
 
 
@@ -160,7 +160,7 @@ def _add(rows: Tensor, thin: Tensor, factors: Tensor, scale: float, sizes: Sizes
 
 
 def _even(rows: Tensor, sizes: Sizes) -> Tensor:
-    """The rows of equally many for each adapter, `(K, rows of one, d)`."""
+    """The rows as `(K, rows of each, d)`, for adapters with the same number of rows."""
     return rows[: sum(sizes)].view(len(sizes), sizes[0], -1)
 
 

@@ -1,8 +1,8 @@
-"""`x·(W + Δ)ᵀ + bias` for a Δ that repeats one block along the inputs: what such a layer costs where there are many tokens.
+"""`x·(W + Δ)ᵀ + bias` for a Δ that repeats one block along the inputs in one autograd function, faster for many tokens.
 
-Beside W, the change is four more passes over activations: inputs added up, a thin product, its addition to the outputs, and
-in backward a gradient spread over the inputs. `W + Δ` is one pass over the weight, in forward and again in backward. Autograd
-would then ask for the weight's whole gradient; the block's own is a thin product with the inputs added up.
+As separate operations the change takes four more passes over activations: summing inputs, a thin product, its addition to
+the output, and in backward spreading a gradient over the inputs. `W + Δ` takes one pass over the weight in forward and one in
+backward. Autograd would then compute the weight's whole gradient; the block's is a thin product with the summed inputs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .function import apply, quick
+from .function import apply, with_signature
 
 
-def is_worth(tokens: int, rows: int, columns: int) -> bool:
-    """Whether the passes over activations that are saved cost more than forming the weight twice does.
+def forming_pays(tokens: int, rows: int, columns: int) -> bool:
+    """Whether the saved passes over activations cost more than computing the weight twice.
 
-    Measured: 512 tokens of 384 -> 384 gain, 256 lose.
+    Measured for 384 -> 384: faster at 512 tokens, slower at 256.
     """
     return tokens * (rows + columns) >= 2 * rows * columns
 
 
 def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-    """The layer in one piece; `fuses` says when it may be asked for.
+    """The layer by the fused kernel, where `can_fuse` allows it.
 
     Args:
         x: `(..., in)`.
@@ -39,9 +39,9 @@ def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor)
     return y
 
 
-@quick
+@with_signature
 class SharedLinear(torch.autograd.Function):
-    """The pair `(y, h)`, h the inputs added up. h is an output because second derivatives flow through it.
+    """The pair `(y, h)`, h the summed inputs. h is an output because second derivatives flow through it.
 
     Shapes: x `(..., in)`; W `(out, in)`; bias `(out,)` or None; block `(r, out)`; y `(..., out)`; h `(..., r)`.
     """
@@ -50,7 +50,7 @@ class SharedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> tuple[Tensor, Tensor]:
-        return F.linear(x, changed(weight, block), bias), gathered(x, block.shape[0])
+        return F.linear(x, changed(weight, block), bias), summed_shards(x, block.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,7 +83,7 @@ class SharedLinear(torch.autograd.Function):
         weight, block, h = ctx.saved_tensors
         h_t, y_t = torch.zeros_like(h), h.new_zeros(*h.shape[:-1], weight.shape[0])
         if x_t is not None:
-            h_t, y_t = h_t + gathered(x_t, block.shape[0]), y_t + F.linear(x_t, changed(weight, block))
+            h_t, y_t = h_t + summed_shards(x_t, block.shape[0]), y_t + F.linear(x_t, changed(weight, block))
         if block_t is not None:
             y_t = y_t + h @ block_t
         return (y_t if bias_t is None else y_t + bias_t), h_t
@@ -98,8 +98,8 @@ def changed(weight: Tensor, block: Tensor) -> Tensor:
     return (weight.reshape(weight.shape[0], -1, rank) + repeated.unsqueeze(-2)).view(weight.shape)
 
 
-def gathered(x: Tensor, rank: int) -> Tensor:
-    """`(..., r)`: features r apart added up."""
+def summed_shards(x: Tensor, rank: int) -> Tensor:
+    """`(..., r)`: sums of the features r apart."""
     rest = x.shape[-1] % rank
     whole = x[..., :-rest] if rest else x
     made = whole.reshape(*whole.shape[:-1], -1, rank).sum(-2)
@@ -107,5 +107,5 @@ def gathered(x: Tensor, rank: int) -> Tensor:
 
 
 def tiled(thin: Tensor, columns: int) -> Tensor:
-    """`(..., columns)`: the transpose of `gathered`, features repeated every r."""
+    """`(..., columns)`: features repeated every r, the transpose of `summed_shards`."""
     return thin.repeat(*[1] * (thin.ndim - 1), -(-columns // thin.shape[-1]))[..., :columns]

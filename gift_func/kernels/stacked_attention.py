@@ -1,7 +1,7 @@
-"""Attention of N networks at once: what `torch.vmap` has no rule for on every device is one longer batch.
+"""Attention of N networks at once, as one longer batch, since `torch.vmap` has no rule for it on every device.
 
-Torch's fused kernels of attention take four dimensions. Under `vmap` the one for CPUs is run member by member; here the
-members' samples stand behind each other in the batch of one call.
+Torch's fused kernels of attention take four dimensions. Under `vmap` the one for CPUs runs once for each member; here the
+members' samples are concatenated along the batch of one call.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._torch import is_batched
-from .function import apply, quick
-from .stacked_linear import front
+from .function import apply, with_signature
+from .stacked_linear import batch_first
 
 
-@quick
+@with_signature
 class _Folded(torch.autograd.Function):
-    """`F.scaled_dot_product_attention` with a rule for `vmap`; it is called where that is the innermost transform."""
+    """`F.scaled_dot_product_attention` with a vmap rule; called only where `vmap` is the innermost transform."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class _Folded(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         query, key, value, mask, is_causal, options = inputs
         size = info.batch_size
-        query, key, value = (front(t, d, size) for t, d in zip((query, key, value), in_dims[:3], strict=True))
+        query, key, value = (batch_first(t, d, size) for t, d in zip((query, key, value), in_dims[:3], strict=True))
         alone = query.ndim == 3  # (N, L, E): one head of one sample each
         batch = query.shape[1]
         if mask is not None:
@@ -51,12 +51,12 @@ class _Folded(torch.autograd.Function):
 
 
 def _folded_mask(mask: Tensor, dim: int | None, size: int, batch: int, ndim: int) -> Tensor:
-    """The mask of one longer batch; `ndim` is that of the stacked query."""
+    """The mask for one longer batch; `ndim` is that of the stacked query."""
     own = mask.ndim - (dim is not None)
     lead = max(ndim, 4) - 1 - own  # how many leading axes the mask leaves to broadcasting
     if dim is None and (ndim <= 4 or lead or mask.shape[0] == 1):
         return mask
-    mask = front(mask, dim, size)
+    mask = batch_first(mask, dim, size)
     mask = mask[(slice(None), *[None] * lead)]
     if ndim <= 4:
         return mask
@@ -72,7 +72,7 @@ def attention(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, in one kernel for all members where they are under `torch.vmap`."""
+    """`F.scaled_dot_product_attention`, in one kernel for all members under `torch.vmap`."""
     alike = query.ndim == key.ndim == value.ndim and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
     known = alike and 2 <= query.ndim <= 4 and not dropout_p and not torch.compiler.is_compiling()
     if known and any(t is not None and is_batched(t) for t in (query, key, value, attn_mask)):

@@ -1,7 +1,7 @@
 """`y_n = x_n·Wᵀ + bias + s·(x_n·A_nᵀ)·B_nᵀ` for N adapters at once.
 
-The frozen W meets the tokens of all adapters together, in one product as if there were one adapter. The changes are
-added into its fresh output; only x and the r-wide product are kept.
+The tokens of all adapters are multiplied by the frozen W in one product. The changes are added to the output in place, and
+only x and the r-wide product are saved for backward.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .function import apply, quick
+from .function import apply, with_signature
 
 
-@quick
+@with_signature
 class StackedLinear(torch.autograd.Function):
     """The pair `(y, h)`, `h_n = A_n·x_nᵀ`. h is an output because second derivatives flow through it.
 
@@ -91,7 +91,7 @@ class StackedLinear(torch.autograd.Function):
         x, weight, bias, left, right, scale = inputs
         x_dim, weight_dim, bias_dim, left_dim, right_dim, _ = in_dims
         if weight_dim is not None:
-            return over(_plain, in_dims, inputs), (0, 0)
+            return vmap_over(_plain, in_dims, inputs), (0, 0)
         size, shift = info.batch_size, None
         if bias_dim is not None:
             shift, bias = bias.movedim(bias_dim, 0)[:, None, None], None
@@ -102,7 +102,7 @@ class StackedLinear(torch.autograd.Function):
             y, h = apply(StackedLinear, x, weight, bias, left, right, scale)
             y, h = y.unflatten(1, (size, -1)).movedim(1, 0), h.unflatten(2, (size, -1)).movedim(2, 0)
         else:
-            left, right = front(left, left_dim, size), front(right, right_dim, size)
+            left, right = batch_first(left, left_dim, size), batch_first(right, right_dim, size)
             members = left.shape[1]
             if x_dim is None:
                 x = x.squeeze(0) if x.ndim == 3 and members == 1 else x
@@ -116,13 +116,13 @@ class StackedLinear(torch.autograd.Function):
         return (y if shift is None else y + shift, h), (0, 0)
 
 
-def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The tensor with its batch dimension first, spread over the batch if it has none."""
+def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The tensor with its batch dimension first, expanded to the batch if it has none."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def over(function: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> Any:
-    """`function` over the batch, by torch's own rules for the operations in it."""
+def vmap_over(function: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> Any:
+    """`function` over the batch, by torch's vmap rules for the operations in it."""
     tensors = [(t, d) for t, d in zip(inputs, in_dims, strict=True) if d is not None]
 
     def call(*batched: Tensor) -> Any:

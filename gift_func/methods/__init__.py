@@ -18,6 +18,7 @@ from .lora import LoRA as LoRA
 from .method import Method as Method
 from .miss import MiSS as MiSS
 from .mixing_lora import MixingLoRA as MixingLoRA
+from .module_method import AddedModule as AddedModule
 from .module_method import ModuleMethod as ModuleMethod
 from .norm_tuning import NormTuning as NormTuning
 from .oft import OFT as OFT
@@ -25,3 +26,4 @@ from .shira import SHiRA as SHiRA
 from .svdiff import SVDiff as SVDiff
 from .trainable_tokens import TrainableTokens as TrainableTokens
 from .vera import VeRA as VeRA
+from .weight_method import WeightMethod as WeightMethod

@@ -13,13 +13,13 @@ from ..select import Site
 from ..weights import ScaledLowRank, Weight
 from .factored import LowRankMethod
 from .layout import Layout, matrix_of, rank_axes
+from .options import FrozenMap, check_whole
 from .rank_allocation import Importance as Importance
 from .rank_allocation import allocate as allocate
 from .rank_allocation import budget_at as budget_at
 from .rank_allocation import importance as importance
 from .rank_allocation import orthogonality_loss as orthogonality_loss
 from .rank_allocation import triplet_scores as triplet_scores
-from .settings import FrozenMap, check_choice, check_dropout, check_whole
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,6 @@ class AdaLoRA(LowRankMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "rank")
-        check_dropout(self)
-        check_choice("init", self.init, ("normal", "random"))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

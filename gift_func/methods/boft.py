@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import Blocks, Scaled, Weight, cayley
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
+from .options import check_whole
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,13 @@ class BOFT(MatrixMethod):
     view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        sizes = {"block_size": self.block_size, "n_butterfly_factor": self.n_butterfly_factor}
+        super().__post_init__()
+        check_whole(self, "block_size")
+        check_whole(self, "n_butterfly_factor")
         if self.block_num is not None:
-            sizes["block_num"] = self.block_num
-        for name, value in sizes.items():
-            if value < 1:
-                raise AdaptError(f"BOFT needs {name} to be at least 1, got {name}={value!r}")
+            check_whole(self, "block_num")
         if self.n_butterfly_factor > 1 and self.block_num is None and self.block_size % 2:
             raise AdaptError(f"several butterfly factors split blocks in two and need an even size, got {self.block_size}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdaptError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
 
     def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim >= 2:
@@ -79,7 +77,7 @@ class BOFT(MatrixMethod):
                 return f"a {need}{factors} whose blocks, of even size where there are several factors, divide its width {width}"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> BOFT:
+    def for_site(self, site: Site) -> Self:
         return self.replace(view="lookup" if is_lookup(site) else view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -11,9 +11,8 @@ from ..errors import AdaptError
 from .matrix import HF_CONV1D
 from .method import is_a
 from .module_method import AddedModule, ModuleMethod
-from .settings import check_choice, check_dropout, check_whole
+from .options import check_whole
 
-Nonlinearity = Literal["relu", "gelu", "silu", "tanh"]
 FUNCTIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
@@ -54,20 +53,20 @@ class Bottleneck(ModuleMethod):
     """
 
     dim: int = 64
-    parallel: bool = field(default=False, kw_only=True)
-    nonlinearity: Nonlinearity = field(default="relu", kw_only=True)
-    scale: float = field(default=1.0, kw_only=True)
-    dropout: float = field(default=0.0, kw_only=True)
-    width: int | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    parallel: bool = False
+    nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    scale: float = 1.0
+    dropout: float = 0.0
+    width: int | None = None
 
     attribute = "bottleneck"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "dim")
-        check_choice("nonlinearity", self.nonlinearity, get_args(Nonlinearity))
-        check_dropout(self)
 
-    def scion(self, host: nn.Module) -> AddedModule:
+    def module(self, host: nn.Module) -> AddedModule:
         width = self.width or _width(host, self.parallel)
         if width is None:
             raise AdaptError(f"the width of a {type(host).__name__} cannot be told from it; give Bottleneck(..., width=...)")

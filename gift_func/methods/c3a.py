@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Literal, get_args
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Circulant, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_choice, check_whole
-
-Init = Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"]
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,13 @@ class C3A(MatrixMethod):
 
     block_size: int = 256
     _: KW_ONLY
-    init: Init = "xavier_uniform"
+    init: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
     block_size_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     view: View = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "block_size")
-        check_choice("init", self.init, get_args(Init))
 
     @property
     def starts_as_base(self) -> bool:
@@ -67,7 +64,7 @@ class C3A(MatrixMethod):
                 return f"a block_size={here.block_size} that divides its {rows} outputs and {columns} inputs"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> C3A:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..select import Site
 from ..weights import Delta, Weight
-from .method import Method
+from .weight_method import WeightMethod
 
 
 @dataclass(frozen=True)
-class Diff(Method):
+class Diff(WeightMethod):
     """`W' = W + s·D` with D of W's shape, starting at zero.
 
     What `Full` is, seen from the base: the change is held, not the result. So changes of several adapters can be added

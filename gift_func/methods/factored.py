@@ -1,4 +1,4 @@
-"""What the methods share that write a change as a product of factors: LoRA, its kin, and LyCORIS's."""
+"""Base classes of methods whose change is a product of factors: LoRA and similar ones, and LyCORIS's."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..select import Site
-from .layout import Conv, Layout, layout_of
+from .layout import ConvLayout, Layout, layout_of
 from .matrix import TWO_FACTORS, MatrixMethod
 
 
 class FactoredMethod(MatrixMethod):
-    """A method whose change is a product of factors that fit the parameter in a `Layout`.
+    """A method whose change is a product of factors, which fit the parameter by a `Layout`.
 
     Attributes:
         layout: the layout at a site, a field that `for_site` sets.
-        conv: the layout of kernels; `"kernel"` where it is no field.
-        dropout: probability of dropping an input feature on its way into the change; 0 where it is no field.
-        dtype: element type of the tensors, a field; None means that of the parameter.
+        conv: the layout of kernels; `"kernel"` for methods without such a field.
+        dropout: probability of dropping an input feature of the change; 0 for methods without such a field.
+        dtype: element type of the tensors; None means that of the parameter.
     """
 
     needs = TWO_FACTORS
     layout: Layout
-    conv: Conv = "kernel"
+    conv: ConvLayout = "kernel"
     dropout: float = 0.0
     dtype: torch.dtype | None
 
@@ -39,17 +39,17 @@ class FactoredMethod(MatrixMethod):
         return super().for_site(site).replace(layout=layout_of(site, self.conv))
 
     def empty(self, parameter: Tensor, *shape: int) -> Tensor:
-        """A tensor for the adapter of a parameter, not filled."""
+        """An uninitialised tensor for the adapter of a parameter."""
         return torch.empty(shape, dtype=self.dtype or parameter.dtype, device=parameter.device)
 
 
 class LowRankMethod(FactoredMethod):
-    """One with a rank, whose change starts at zero unless it is to be `init="random"`.
+    """A factored method with a rank, whose change starts at zero unless `init="random"`.
 
     Attributes:
-        rank: r, a field.
-        alpha: the numerator of s; None means alpha = rank, and so does no such field.
-        init: a field, `init` in the constructor.
+        rank: r.
+        alpha: the numerator of s; None, as for methods without such a field, means alpha = rank.
+        init: the name of the initialisation.
     """
 
     rank: int
@@ -67,5 +67,5 @@ class LowRankMethod(FactoredMethod):
 
 
 def uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
-    """The tensor, filled uniformly from ±1/sqrt(fan_in)."""
+    """Fill the tensor in place uniformly from ±1/sqrt(fan_in)."""
     return tensor.uniform_(-1, 1, generator=generator).div_(sqrt(max(fan_in, 1)))

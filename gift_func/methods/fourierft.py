@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from ..seeding import sample
 from ..select import Site
 from ..weights import Fourier, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_choice, check_whole
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class FourierFT(MatrixMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "n_frequency")
-        check_choice("init", self.init, ("normal", "zeros"))
 
     @property
     def starts_as_base(self) -> bool:
@@ -70,7 +70,7 @@ class FourierFT(MatrixMethod):
             return f"at least n_frequency={here.n_frequency} elements"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> FourierFT:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -79,12 +79,7 @@ class FourierFT(MatrixMethod):
         spectrum = torch.zeros(*lead, n, dtype=parameter.dtype, device=parameter.device)
         if self.init == "normal":
             spectrum.normal_(generator=generator)
-        if parameter.is_meta:
-            places = torch.empty(n, dtype=torch.long, device="meta")
-        else:
-            seeded = generator if self.random_loc_seed is None else torch.Generator().manual_seed(self.random_loc_seed)
-            device = None if seeded is None else seeded.device
-            places = torch.randperm(rows * columns, generator=seeded, device=device)[:n].to(parameter.device)
+        places = sample(rows * columns, n, seed=self.random_loc_seed, generator=generator, device=parameter.device)
         return {"fourierft_spectrum": spectrum, "fourierft_indices": torch.stack([places // columns, places % columns])}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

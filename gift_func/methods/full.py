@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..select import Site
 from ..weights import Dense, Weight
-from .method import Method
+from .weight_method import WeightMethod
 
 
 @dataclass(frozen=True)
-class Full(Method):
+class Full(WeightMethod):
     """`W' = θ`, a trained copy of the parameter, starting at its value.
 
     The adapter holds θ under the parameter's own dotted name and with its shape: `"layers.0.bias"`.

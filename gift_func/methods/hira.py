@@ -14,7 +14,7 @@ from ..weights import LowRank, Modulated, Weight
 from .factored import LowRankMethod
 from .layout import Layout, factors_of, rank_axes
 from .lora_init import first_factors
-from .settings import FrozenMap, check_choice, check_dropout, check_whole
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class HiRA(LowRankMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "rank")
-        check_dropout(self)
-        check_choice("init", self.init, ("kaiming", "gaussian", "random"))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         b, a = first_factors(self, site.parameter, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import HouseholderRotation, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap, check_whole
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HRA(MatrixMethod):
     view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
+        super().__post_init__()
         check_whole(self, "rank")
 
     @property
@@ -67,7 +67,7 @@ class HRA(MatrixMethod):
                 return f"a width of at least rank={here.rank}, for as many orthogonal columns"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> HRA:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view="lookup" if is_lookup(site) else view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from einops import rearrange
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..select import Site
 from ..weights import Reshaped, Scaled, Weight
 from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .method import Method
-from .settings import check_choice
+from .weight_method import WeightMethod
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,6 @@ class IA3(MatrixMethod):
     view: View = field(default="matrix", init=False, repr=False, compare=False)
     groups: int = field(default=1, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        check_choice("side", self.side, ("output", "input"))
-
     def why_not(self, site: Site) -> str | None:
         module = site.module
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -65,11 +61,11 @@ class IA3(MatrixMethod):
             return "side='input', or a bias of its own to be scaled along with it"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> IA3:
+    def for_site(self, site: Site) -> Self:
         groups = site.module.groups if isinstance(site.module, nn.modules.conv._ConvNd) else 1
         return self.replace(view=view_of(site), groups=groups)
 
-    def companions(self, site: Site) -> dict[str, Method]:
+    def companions(self, site: Site) -> dict[str, WeightMethod]:
         bias = site.param_name.replace("weight", "bias")
         return {bias: ScaledBias()} if self.side == "output" and bias != site.param_name else {}
 
@@ -95,7 +91,7 @@ class IA3(MatrixMethod):
 
 
 @dataclass(frozen=True)
-class ScaledBias(Method):
+class ScaledBias(WeightMethod):
     """`b' = l ⊙ b`: the bias of a layer whose output `IA3` scales, by the same tensor."""
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from ..select import Site
 from .matrix import HF_CONV1D, is_kernel
 from .method import is_a
 
-Conv = Literal["kernel", "balanced"]
+ConvLayout = Literal["kernel", "balanced"]
 Layout = Literal["matrix", "transposed", "stacked", "kernel", "balanced"]
 
 
-def layout_of(site: Site, conv: Conv = "kernel") -> Layout:
+def layout_of(site: Site, conv: ConvLayout = "kernel") -> Layout:
     """How a site's parameter is seen as a matrix, or as a stack of matrices."""
     if is_a(site.module, HF_CONV1D):
         return "transposed"
@@ -37,27 +37,27 @@ def matrix_of(shape: torch.Size, layout: Layout) -> tuple[list[int], int, int]:
 
 
 def balanced(shape: torch.Size) -> tuple[int, int]:
-    """Rows and columns of a kernel's memory seen as a matrix that is as square as its layout allows."""
+    """Rows and columns of a kernel's memory as a matrix that is about square."""
     if len(shape) <= 3:
         return shape[0], prod(shape[1:])
     return shape[0] * shape[2], shape[1] * prod(shape[3:])
 
 
 def as_matrix(parameter: Tensor, layout: Layout) -> Tensor:
-    """A parameter as the matrix, outputs by inputs, or stack of matrices that it is seen as in a layout."""
+    """A parameter as the matrix, outputs by inputs, or the stack of matrices that a layout means."""
     lead, rows, columns = matrix_of(parameter.shape, layout)
     return parameter.mT if layout == "transposed" else parameter.reshape(*lead, rows, columns)
 
 
-def as_kept(b: Tensor, a: Tensor, shape: torch.Size, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The factors as an adapter keeps them: a kernel's as the kernels of two convolutions, which PEFT's files hold."""
+def as_stored(b: Tensor, a: Tensor, shape: torch.Size, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The factors as an adapter stores them: a kernel's as the kernels of two convolutions, as in PEFT's files."""
     if layout != "kernel":
         return b, a
     return b.reshape(*b.shape, *[1] * (len(shape) - 2)), a.reshape(a.shape[0], *shape[1:])
 
 
 def factors_of(b: Tensor, a: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Left and right factor of the weight as it is stored, from those that an adapter keeps."""
+    """Left and right factor of the weight as it is stored, from the factors as an adapter stores them."""
     if layout == "transposed":
         return a.mT, b.mT
     if layout == "kernel":
@@ -69,5 +69,11 @@ def factors_of(b: Tensor, a: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def rank_axes(factor: Tensor, *, left: bool, kernel: bool = False) -> tuple[int, ...]:
-    """Where the rank is in the left factor of a product of two matrices, or of two kernels, or in the right one."""
+    """The axis of the rank in a factor of a product.
+
+    Args:
+        factor: the factor.
+        left: whether it is the left one.
+        kernel: whether the factors are kernels and not matrices.
+    """
     return (int(left),) if kernel else (factor.ndim - (1 if left else 2),)

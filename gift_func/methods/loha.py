@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .settings import FrozenMap, check_choice, check_dropout, check_whole
-
-Init = Literal["kaiming", "normal", "random"]
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class LoHa(LowRankMethod):
     use_effective_conv2d: bool = False
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
-    init: Init = "kaiming"
+    init: Literal["kaiming", "normal", "random"] = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
@@ -75,8 +73,6 @@ class LoHa(LowRankMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "rank")
-        check_dropout(self)
-        check_choice("init", self.init, get_args(Init))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import isqrt, prod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .settings import FrozenMap, check_choice, check_dropout, check_whole
-
-Init = Literal["kaiming", "lycoris", "random"]
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class LoKr(LowRankMethod):
     rank_dropout: float = 0.0
     rank_dropout_scale: bool = False
     module_dropout: float = 0.0
-    init: Init = "kaiming"
+    init: Literal["kaiming", "lycoris", "random"] = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
@@ -87,10 +85,8 @@ class LoKr(LowRankMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(self, "rank")
-        check_dropout(self)
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
-        check_choice("init", self.init, get_args(Init))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         lead, _, _ = matrix_of(site.parameter.shape, self.layout)
@@ -105,7 +101,7 @@ class LoKr(LowRankMethod):
         """The shapes of a parameter's tensors; in a stack of matrices, of each of them."""
         _, rows, columns = matrix_of(parameter.shape, self.layout)
         sides, r = tuple(parameter.shape[2:]) if self.layout == "kernel" else (), self.rank
-        (a, b), (c, d) = (split(n, self.decompose_factor) for n in (rows, columns // prod(sides)))
+        (a, b), (c, d) = (two_divisors(n, self.decompose_factor) for n in (rows, columns // prod(sides)))
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (a, c)}
         if self.decompose_both and r < max(a, c) / 2:
             shapes = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)}
@@ -129,7 +125,7 @@ class LoKr(LowRankMethod):
         return {"lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a": self.scale}
 
 
-def split(size: int, factor: int = -1) -> tuple[int, int]:
+def two_divisors(size: int, factor: int = -1) -> tuple[int, int]:
     """Two factors of a size, the first `factor` where that divides it, else the nearest to the root that is not above it."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from ..select import Site
 from ..weights import LowRank, LowRankFromStart, Weight
 from .factored import LowRankMethod
 from .full import Full
-from .layout import Conv, Layout, factors_of, rank_axes
+from .layout import ConvLayout, Layout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
-from .method import Method, by_shape
-from .settings import FrozenMap, check_choice, check_dropout, check_whole
+from .options import FrozenMap, check_whole
+from .weight_method import WeightMethod, by_shape
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LoRA(LowRankMethod):
     train_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
-    conv: Conv = "kernel"
+    conv: ConvLayout = "kernel"
     dtype: torch.dtype | None = None
     layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
@@ -97,9 +97,7 @@ class LoRA(LowRankMethod):
         for value in (self.rank, *self.rank_pattern.values()):
             if self.init == "orthogonal" and value % 2:
                 raise AdaptError(f"init='orthogonal' splits the rank in two halves and needs an even one, got rank={value}")
-        check_dropout(self)
         initialisation(self.init)
-        check_choice("conv", self.conv, get_args(Conv))
 
     @property
     def scale(self) -> float:
@@ -107,7 +105,7 @@ class LoRA(LowRankMethod):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
-    def companions(self, site: Site) -> dict[str, Method]:
+    def companions(self, site: Site) -> dict[str, WeightMethod]:
         bias = site.param_name.replace("weight", "bias")
         return {bias: Full()} if self.train_bias and bias != site.param_name else {}
 

@@ -11,25 +11,25 @@ from torch import Tensor
 
 from ..errors import AdaptError
 from .factored import LowRankMethod, uniform
-from .layout import as_kept, as_matrix, matrix_of
+from .layout import as_matrix, as_stored, matrix_of
 
 Factors = tuple[Tensor, Tensor]
 Init = Callable[[LowRankMethod, Tensor, torch.Generator | None], Factors]
 
 RESIDUAL = ("pissa", "olora")
-"""How the names begin of those that start at a part B₀·A₀ of W itself."""
+"""Prefixes of the initialisations that start at a part B₀·A₀ of W itself."""
 
 
 def first_factors(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
-    """B and A as an adapter keeps them.
+    """Initial B and A as an adapter stores them.
 
     Args:
-        method: as it applies to the parameter's site.
+        method: the method as it applies to the parameter's site.
         parameter: W, as it is stored.
-        generator: for what is random.
+        generator: for random initialisations.
     """
     b, a = initialisation(method.init)(method, parameter, generator)
-    return as_kept(b, a, parameter.shape, method.layout)
+    return as_stored(b, a, parameter.shape, method.layout)
 
 
 def initialisation(init: str) -> Init:
@@ -59,7 +59,7 @@ def gaussian(method: LowRankMethod, parameter: Tensor, generator: torch.Generato
 
 
 def orthogonal(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
-    """Neither zero, their product zero: each has the rows of one half of an orthogonal matrix, so the rank is even."""
+    """Neither zero, but their product: each takes one half of the rows of an orthogonal matrix, so the rank must be even."""
     b, a = _blank(method, parameter)
     rank, half = method.rank, method.rank // 2
     wide = a.dtype if a.dtype == torch.float64 else torch.float32
@@ -80,9 +80,10 @@ def pissa(
 ) -> Factors:
     """The first `rank` singular directions of W, each factor with the root of σ/s.
 
-    They are from a randomised decomposition of so many iterations, or from an exact one.
+    Args:
+        iterations: number of power iterations of a randomised decomposition; None means an exact one.
     """
-    fresh, matrix = kaiming(method, parameter, generator), _wide(method, parameter)
+    fresh, matrix = kaiming(method, parameter, generator), _wide_matrix(method, parameter)
     rank = min(method.rank, *matrix.shape[-2:])
     basis = None
     if iterations is not None:  # Halko et al., 2011: an orthonormal basis of the range, by power iterations
@@ -93,15 +94,15 @@ def pissa(
     u, sigma, vh = torch.linalg.svd(matrix if basis is None else basis.mT @ matrix, full_matrices=False)
     root = (sigma[..., :rank] / method.scale).sqrt()
     u = u if basis is None else basis @ u
-    return _filled_up((u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]), fresh)
+    return _completed((u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]), fresh)
 
 
 def olora(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
     """The first `rank` columns of Q and rows of R, W = Q·R."""
-    fresh, matrix = kaiming(method, parameter, generator), _wide(method, parameter)
+    fresh, matrix = kaiming(method, parameter, generator), _wide_matrix(method, parameter)
     rank = min(method.rank, *matrix.shape[-2:])
     q, r = torch.linalg.qr(matrix)
-    return _filled_up((q[..., :rank], r[..., :rank, :]), fresh)
+    return _completed((q[..., :rank], r[..., :rank, :]), fresh)
 
 
 INITS: dict[str, Init] = {
@@ -115,19 +116,19 @@ INITS: dict[str, Init] = {
 
 
 def _blank(method: LowRankMethod, parameter: Tensor) -> Factors:
-    """B and A as matrices, not filled."""
+    """B and A as uninitialised matrices."""
     lead, rows, columns = matrix_of(parameter.shape, method.layout)
     return method.empty(parameter, *lead, rows, method.rank), method.empty(parameter, *lead, method.rank, columns)
 
 
-def _wide(method: LowRankMethod, parameter: Tensor) -> Tensor:
+def _wide_matrix(method: LowRankMethod, parameter: Tensor) -> Tensor:
     """W as a matrix, in an element type that has decompositions."""
     matrix = as_matrix(parameter, method.layout).detach()
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
-def _filled_up(found: Factors, fresh: Factors) -> Factors:
-    """Factors of at most as many directions as the rank, followed by as many of fresh ones as are missing."""
+def _completed(found: Factors, fresh: Factors) -> Factors:
+    """Factors with fewer directions than the rank, completed by the last directions of fresh ones."""
     (b, a), (fresh_b, fresh_a) = found, fresh
     rank = b.shape[-1]
     b = torch.cat([b.to(fresh_b.dtype), fresh_b[..., rank:]], dim=-1)

@@ -1,4 +1,4 @@
-"""Methods that are defined for a matrix: their usual sites, and how they see a parameter as one."""
+"""Methods that are defined for a matrix: their usual sites, and how a parameter is seen as a matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from ..select import Site
 from ..weights import Reshaped, Weight
-from .method import Method, is_a, is_computed
+from .method import is_a
+from .weight_method import WeightMethod, is_computed
 
 View = Literal["matrix", "transposed", "kernel"]
 
@@ -21,13 +22,13 @@ PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 TWO_FACTORS = "a parameter of at least 2 dimensions, to be written as a product of two factors"
 
 
-class MatrixMethod(Method):
-    """A method for whatever can be seen as a matrix.
+class MatrixMethod(WeightMethod):
+    """A method for parameters that can be seen as a matrix.
 
     Its usual sites are the weights of Linear, Conv1d, Conv2d, Conv3d, transformers' Conv1D and nn.MultiheadAttention.
 
     Attributes:
-        needs: what a parameter must be to be seen as a matrix, as errors say it.
+        needs: what a parameter must be to be seen as a matrix, in the words of an error.
     """
 
     needs: ClassVar[str] = "a parameter of at least 2 dimensions, which has an input and an output"
@@ -47,7 +48,7 @@ class MatrixMethod(Method):
 
 
 def is_lookup(site: Site) -> bool:
-    """Whether the parameter's rows are looked up: what a layer computes is then a row."""
+    """Whether the parameter's rows are looked up, so that a layer's output is a row."""
     return isinstance(site.module, (nn.Embedding, nn.EmbeddingBag))
 
 
@@ -59,7 +60,7 @@ def is_kernel(site: Site) -> bool:
 def view_of(site: Site) -> View:
     """How a site's parameter is seen as a matrix `(..., out, in)`; leading dimensions are stacks of matrices.
 
-    transformers' Conv1D and embeddings hold `(in, out)`; a kernel has a row for each output channel.
+    transformers' Conv1D and embeddings store `(in, out)`; a kernel has a row for each output channel.
     """
     if is_kernel(site):
         return "kernel"
@@ -74,7 +75,7 @@ def matrix_shape(shape: torch.Size, view: View) -> torch.Size:
 
 
 def on_matrix(base: Weight, view: View, change: Callable[[Weight], Weight]) -> Weight:
-    """The weight whose matrix is `change` of the base's."""
+    """The weight whose matrix is `change` of the base's matrix."""
     if view == "transposed":
         return change(base.mT).mT
     if view == "kernel":

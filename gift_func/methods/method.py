@@ -1,59 +1,46 @@
-"""What a method is: a frozen dataclass and two pure functions, `init_tensors` and `weight`."""
+"""The base class of all methods: a frozen dataclass of options that can be written as data."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
-from functools import cache
-from typing import Any, ClassVar, Self, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AdaptError, nearest
 from ..select import Site, qualified
-from ..weights import Weight
-from .settings import FrozenMap, first_match
-
-Kind = TypeVar("Kind", bound="Method")
-Value = TypeVar("Value")
-Init = TypeVar("Init", bound=Callable[..., dict[str, Tensor]])
+from .options import FrozenMap, check_options, first_match, patterns
 
 
+@dataclass(frozen=True)
 class Method(ABC):
-    """A way to change a parameter by few tensors. Subclasses are frozen dataclasses.
+    """What a rule of a strategy does at its sites.
 
-    A subclass defines `init_tensors` and `weight`; everything else has a default.
+    There are two kinds, and a method of your own is a frozen dataclass that subclasses one of them: `WeightMethod` makes an
+    adapted weight of a parameter and a few tensors, `ModuleMethod` adds a module to one of the network's.
 
-    A field with `init=False` is set by `for_site`, and is not written as data.
-
-    Attributes:
-        frozen: names of the tensors of `init` that are kept and saved but not trained.
+    The fields are the options. Those whose names end in `dropout` must be probabilities, those annotated as a `Literal`
+    one of its values, and a field `x_pattern` is a mapping from regular expressions, matched against the end of a module's
+    name, to values of the field `x`. A field with `init=False` is set by `for_site` and is not written as data.
     """
 
-    frozen: ClassVar[frozenset[str]] = frozenset()
+    def __init_subclass__(cls, *, base: bool = False) -> None:
+        super().__init_subclass__()
+        if Method in cls.__bases__ and not base:
+            raise TypeError(
+                f"{cls.__name__} subclasses gf.Method itself: subclass gf.WeightMethod, whose init_tensors and weight change "
+                "a parameter, or gf.ModuleMethod, whose module is added to one of the network's"
+            )
 
     def __post_init__(self) -> None:
-        for name in _patterns(type(self)):
+        for name in patterns(type(self)):
             object.__setattr__(self, name, FrozenMap(getattr(self, name)))
-
-    @abstractmethod
-    def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors for one site, by their short names.
-
-        An empty name stands for the parameter's own. Called without gradients, on the method that `for_site` returned.
-        """
-
-    @abstractmethod
-    def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        """The changed weight: a pure function of the base's weight and the tensors of `init_tensors`, `common` and `derive`.
-
-        It should only arrange tensors and view them, and leave what is to be computed to the weight's own methods: a
-        weight that holds nothing computed rests in the network between calls, any other is made anew for each.
-        """
+        check_options(self)
 
     @property
     def starts_as_base(self) -> bool:
@@ -64,78 +51,33 @@ class Method(ABC):
         """Whether the site is one of the method's usual ones, taken where nothing else was said."""
         return self.why_not(site) is None
 
+    @abstractmethod
     def why_not(self, site: Site) -> str | None:
         """What is missing for the method to adapt the site, or None if it can."""
-        return None if site.parameter.dtype.is_floating_point else "a floating-point parameter"
-
-    def computed_weight_name(self, module: nn.Module) -> str | None:
-        """A weight that would be one of the method's usual ones if the module did not compute it, by its name."""
-        return None
 
     def for_site(self, site: Site) -> Self:
         """The method as it applies to one site: patterns looked up, choices made.
 
-        A field `x` with a field `x_pattern` beside it takes the value of the pattern's first hit.
+        A field `x` with a field `x_pattern` beside it takes the value of the first pattern that matches.
         """
         here: dict[str, Any] = {}
-        for name in _patterns(type(self)):
+        for name in patterns(type(self)):
             if getattr(self, name):
                 option = name.removesuffix("_pattern")
                 here[option] = first_match(getattr(self, name), site.module_name, getattr(self, option))
                 here[name] = FrozenMap()
         return self.replace(**here) if here else self
 
-    def shared_tensors(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Tensors that all sites of one rule share; they are kept once, under their own names, and not trained.
-
-        Args:
-            sites: all sites that the rule took.
-        """
-        return {}
-
-    def precompute(self, base: Weight) -> dict[str, Tensor]:
-        """Tensors that follow from the base's weight alone: computed once, kept with the base, not saved."""
-        return {}
-
-    def companions(self, site: Site) -> dict[str, Method]:
-        """Other parameters of the site's module that are adapted along with it, by parameter name."""
-        return {}
-
-    def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Where the rank is: the axes of each tensor along which zeros may follow without changing the weight.
-
-        With all of them longer by the same number, the zeros get no gradient either: so adapters of several ranks act as
-        one of the largest, apart from `scaled_tensors`. Asked of the method that `for_site` returned.
-
-        Args:
-            tensors: one adapter's tensors at the site, by their short names; only their shapes count.
-
-        Returns:
-            Short name -> axes, from 0; nothing where another rank is more than zeros.
-        """
-        return {}
-
-    def scaled_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """What the weight's scale depends on, for a method with `rank_axes`: short names, each with the scale s.
-
-        Multiplying all of these tensors by a number is multiplying s by it. So they carry over to a method whose s is s':
-        multiplied by s / s', they make the same weight.
-
-        Args:
-            tensors: one adapter's tensors at the site, by their short names; only the names count.
-        """
-        return {}
-
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data (JSON): the constructor's arguments, without those at their default."""
         data: dict[str, Any] = {"method": type(self).__name__}
-        for item in fields(cast(Any, self)):
+        for item in fields(self):
             if not item.init:
                 continue
             value = getattr(self, item.name)
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             if value != default:
-                data[item.name] = _plain(value)
+                data[item.name] = _as_data(value)
         return data
 
     @staticmethod
@@ -150,8 +92,7 @@ class Method(ABC):
         if name not in known:
             raise AdaptError(f"there is no method {name!r}; {nearest(str(name), known)}")
         kind = known[name]
-        every = [item for item in fields(cast(Any, kind)) if item.init]
-        allowed = [item.name for item in every]
+        allowed = [item.name for item in fields(kind) if item.init]
         values = {key: value for key, value in data.items() if key != "method"}
         unknown = sorted(values.keys() - set(allowed))
         if unknown:
@@ -167,7 +108,7 @@ class Method(ABC):
             raise AdaptError(f"{name} cannot be made from {values}: {error}") from None
 
     def __str__(self) -> str:
-        """The method as it would be written: what stands at its default is left out."""
+        """The method as Python code, without the options that have their default."""
         parts = [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "method"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
@@ -179,36 +120,9 @@ class Method(ABC):
         return made
 
 
-def by_shape(init: Init) -> Init:
-    """Mark an `init_tensors` whose names, shapes and types follow from the method and the parameter's shape and type alone.
-
-    Where no values are wanted, places that are alike are then asked about once.
-    """
-    vars(init)["by_shape"] = True
-    return init
-
-
-def is_by_shape(method: Method) -> bool:
-    """Whether the method's `init` is marked so; another one that a subclass defines is not."""
-    return getattr(type(method).init_tensors, "by_shape", False)
-
-
 def is_a(module: nn.Module, *names: str) -> bool:
     """Whether the module is of a class named so or of a subclass, without importing where the class comes from."""
     return any(qualified(kind) in names for kind in type(module).__mro__)
-
-
-def is_computed(module: nn.Module, param_name: str) -> bool:
-    """Whether the module computes this weight (weight_norm, spectral_norm, parametrize) and owns no such parameter."""
-    if param_name in module._parameters:
-        return False
-    parametrized = nn.utils.parametrize.is_parametrized(module, param_name)
-    return parametrized or isinstance(module.__dict__.get(param_name), Tensor)
-
-
-@cache
-def _patterns(kind: Any) -> list[str]:
-    return [item.name for item in fields(kind) if item.name.endswith("_pattern")]
 
 
 def _subclasses(kind: Any = Method) -> Iterator[type[Method]]:
@@ -217,13 +131,13 @@ def _subclasses(kind: Any = Method) -> Iterator[type[Method]]:
         yield from _subclasses(child)
 
 
-def _plain(value: Any) -> Any:
+def _as_data(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _as_data(item) for key, item in value.items()}
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, Method):
         return value.to_dict()
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_as_data(item) for item in value]
     return value

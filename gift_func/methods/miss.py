@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import BlockAffine, SharedShards, Weight
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .settings import FrozenMap
+from .options import FrozenMap, check_whole
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,11 @@ class MiSS(MatrixMethod):
     view: View = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank_pattern", FrozenMap(self.rank_pattern))
-        for pattern, rank in [("", self.rank), *self.rank_pattern.items()]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                place = f" (rank_pattern {pattern!r})" if pattern else ""
-                raise AdaptError(f"MiSS needs a whole rank of at least 1, got rank={rank!r}{place}")
-        if self.mode not in ("default", "mini", "bat"):
-            raise AdaptError(f"mode is one of default, mini, bat, got mode={self.mode!r}")
-        if self.mini_rank < 1:
-            raise AdaptError(f"mini_rank is at least 1, got mini_rank={self.mini_rank!r}")
-        if not 0.0 <= self.dropout < 1.0 or (self.dropout and self.mode == "bat"):
-            where = "a probability in [0, 1)" if self.mode != "bat" else "0 in the mode 'bat', whose change needs all inputs"
-            raise AdaptError(f"dropout is {where}, got dropout={self.dropout!r}")
+        super().__post_init__()
+        check_whole(self, "rank")
+        check_whole(self, "mini_rank")
+        if self.dropout and self.mode == "bat":
+            raise AdaptError(f"dropout is 0 in the mode 'bat', whose change needs all inputs, got dropout={self.dropout!r}")
 
     def why_not(self, site: Site) -> str | None:
         here, parameter = self.for_site(site), site.parameter
@@ -89,7 +82,7 @@ class MiSS(MatrixMethod):
             return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> MiSS:
+    def for_site(self, site: Site) -> Self:
         return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:

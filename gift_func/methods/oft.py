@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import Blocks, Scaled, Weight, cayley, neumann, skew
 from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
+from .options import check_whole
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,16 @@ class OFT(MatrixMethod):
     count: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or (self.block_num is not None and self.block_num < 1):
-            what = f"block_size={self.block_size!r}, block_num={self.block_num!r}"
-            raise AdaptError(f"OFT needs blocks of at least 1 feature and at least 1 of them, got {what}")
-        if self.side not in ("input", "output"):
-            raise AdaptError(f"side is one of input, output, got side={self.side!r}")
+        super().__post_init__()
+        check_whole(self, "block_size")
+        if self.block_num is not None:
+            check_whole(self, "block_num")
         if self.rescale and self.side == "input":
             raise AdaptError("rescale=True learns a factor for each output and needs side='output', got side='input'")
         if self.neumann < 0 or self.eps <= 0:
             raise AdaptError(f"neumann is at least 0 and eps above 0, got neumann={self.neumann!r}, eps={self.eps!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdaptError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
 
-    def for_site(self, site: Site) -> OFT:
+    def for_site(self, site: Site) -> Self:
         here = self.replace(view="lookup" if is_lookup(site) else view_of(site))
         width = here._width(site.parameter.shape)
         size = here._size(width)

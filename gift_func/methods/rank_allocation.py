@@ -1,4 +1,4 @@
-"""How AdaLoRA's ranks are shared out while it trains: the importance of every triplet, and the falling number that lives."""
+"""AdaLoRA's allocation of ranks in training: the importance of every triplet, and the decreasing number that stay active."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Importance:
 
     Attributes:
         sensitivity: by tensor name, the moving average of |θ·gradient|.
-        uncertainty: by tensor name, the moving average of how far |θ·gradient| is from it.
+        uncertainty: by tensor name, the moving average of the distance of |θ·gradient| from it.
     """
 
     sensitivity: State
@@ -30,8 +30,8 @@ def orthogonality_loss(state: State, *, squared: bool = True) -> Tensor:
     """How far P and Q are from orthonormal: `Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖²` over all sites.
 
     Args:
-        state: an adapter's tensors by name; only AdaLoRA's count.
-        squared: as in the paper. False is the authors' code and PEFT: the mean of the norms, not squared.
+        state: an adapter's tensors by name; only AdaLoRA's are used.
+        squared: as in the paper. False, as in the authors' code and PEFT: the mean of the norms, not squared.
     """
     grams = []
     for site in _sites(state):
@@ -49,7 +49,7 @@ def importance(
     """The importance after one more step.
 
     Args:
-        state: an adapter's tensors by name; only AdaLoRA's count.
+        state: an adapter's tensors by name; only AdaLoRA's are used.
         gradients: of the loss, by the same names.
         previous: the importance before; None at the first step.
         beta1: weight of the past in the sensitivity.
@@ -74,13 +74,13 @@ def triplet_scores(scores: Importance) -> dict[str, Tensor]:
 
 
 def allocate(state: State, scores: Importance, budget: int) -> dict[str, Tensor]:
-    """The state in which only the `budget` most important triplets of all sites live: the λ of all others is zero.
+    """The state with only the `budget` most important triplets of all sites active: the λ of all others is set to zero.
 
     Args:
         state: an adapter's tensors by name.
-        scores: from `importance`. In the final steps of training, that of the last step before them, so that the choice
-            stays.
-        budget: how many triplets live, over all sites.
+        scores: from `importance`. In the final steps of training, those of the last step before them, so that the choice
+            does not change.
+        budget: how many triplets stay active, over all sites.
     """
     by_name = triplet_scores(scores)
     flat = torch.cat([score.reshape(-1) for score in by_name.values()])
@@ -93,15 +93,15 @@ def allocate(state: State, scores: Importance, budget: int) -> dict[str, Tensor]
 
 
 def budget_at(step: int, total: int, *, initial: int, target: int, warmup: int = 0, final: int = 0) -> int:
-    """How many triplets may live at a step: all, then fewer as a cube falls, then the target.
+    """How many triplets may be active at a step: all, then fewer by a cubic schedule, then the target.
 
     Args:
         step: from 0.
         total: number of steps.
         initial: triplets at the start: the sum of the ranks.
         target: triplets in the end: the wanted rank times the number of sites.
-        warmup: first steps, in which all live.
-        final: last steps, in which the choice stays.
+        warmup: first steps, in which all are active.
+        final: last steps, in which the choice does not change.
     """
     if step <= warmup:
         return initial

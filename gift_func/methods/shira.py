@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..seeding import sample
 from ..select import Site
 from ..weights import SparseDelta, Weight
 from .matrix import MatrixMethod
-from .settings import check_whole
+from .options import check_whole
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class SHiRA(MatrixMethod):
     needs = "a parameter of at least 2 dimensions"
 
     rank: int = 32
+    _: KW_ONLY
     scale: float = 1.0
     random_seed: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
 
     def why_not(self, site: Site) -> str | None:
@@ -68,13 +71,9 @@ class SHiRA(MatrixMethod):
         rows, columns = _matrix(parameter.shape)
         count = self.rank * (rows + columns)
         values = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
-        if parameter.is_meta:
-            return {"shira_weight": values, "shira_indices": torch.empty(2, count, dtype=torch.int32, device="meta")}
-        if self.random_seed is not None:
-            generator = torch.Generator().manual_seed(self.random_seed)
-        device = "cpu" if generator is None else generator.device
-        chosen = torch.randperm(rows * columns, generator=generator, device=device)[:count].sort().values
-        indices = torch.stack([chosen // columns, chosen % columns]).to(parameter.device, torch.int32)
+        places = sample(rows * columns, count, seed=self.random_seed, generator=generator, device=parameter.device)
+        places = places.sort().values
+        indices = torch.stack([places // columns, places % columns]).to(torch.int32)
         return {"shira_weight": values, "shira_indices": indices}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:

@@ -14,7 +14,6 @@ from ..select import Site
 from ..weights import Spectral, Weight
 from .layout import balanced
 from .matrix import TWO_FACTORS, MatrixMethod
-from .settings import check_choice
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,6 @@ class SVDiff(MatrixMethod):
     needs = TWO_FACTORS
 
     conv: Literal["balanced", "rows"] = "balanced"
-
-    def __post_init__(self) -> None:
-        check_choice("conv", self.conv, ("balanced", "rows"))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         rank = min(self._matrix(site.parameter.shape))

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..errors import AdaptError
 from ..select import Site
-from ..weights import Rows, Weight
-from .method import Method
+from ..weights import ReplacedRows, Weight
+from .weight_method import WeightMethod
 
 
 @dataclass(frozen=True, init=False)
-class TrainableTokens(Method):
+class TrainableTokens(WeightMethod):
     """`W'[t_i] = θ_i` for the chosen tokens t, the other rows of W as they are.
 
     For new or special tokens: only their rows are held, trained and saved. The rows are replaced and not added to, so an
@@ -70,4 +70,4 @@ class TrainableTokens(Method):
         return {"indices": indices, "positions": positions.index_copy(0, indices, places)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        return Rows(base, tensors["trainable_tokens_delta"], tensors["indices"], tensors["positions"])
+        return ReplacedRows(base, tensors["trainable_tokens_delta"], tensors["indices"], tensors["positions"])

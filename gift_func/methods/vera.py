@@ -13,7 +13,7 @@ from ..select import Site
 from ..weights import ScaledLowRank, Weight
 from .factored import FactoredMethod
 from .layout import Layout, layout_of, matrix_of
-from .settings import check_dropout, check_whole
+from .options import check_whole
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class VeRA(FactoredMethod):
     layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole(self, "rank")
-        check_dropout(self)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         lead, rows, _ = matrix_of(site.parameter.shape, self.layout)

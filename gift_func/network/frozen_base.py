@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseChangedWarning, outside
-from ..methods import Method
+from ..methods import WeightMethod
 from ..select import Site
 from ..weights import Dense, Slot, Weight
 from .copy_tree import paths, walk
@@ -45,7 +45,7 @@ class FrozenBase:
         ]
         self._versions = self._read_versions()
         self.epoch = 0
-        self._precomputed: dict[tuple[str, Method], dict[str, Tensor]] = {}
+        self._precomputed: dict[tuple[str, WeightMethod], dict[str, Tensor]] = {}
         self._fingerprint: dict[str, str] | None = None
         # What the strategy that was read last makes of this base: adapted parameters, and tensors of their shapes.
         self.plans: dict[Any, tuple[tuple[Any, ...], Mapping[str, Tensor]]] = {}
@@ -96,9 +96,9 @@ class FrozenBase:
             groups.append(group)
         return groups
 
-    def precomputed(self, name: str, method: Method) -> dict[str, Tensor]:
+    def precomputed(self, name: str, method: WeightMethod) -> dict[str, Tensor]:
         """What a method computes from a weight alone, computed once and kept with the base."""
-        if type(method).precompute is Method.precompute:
+        if type(method).precompute is WeightMethod.precompute:
             return {}
         with self._lock:
             found = self._precomputed.get((name, method))

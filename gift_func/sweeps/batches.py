@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
-from ..gift_protocol import seeded
+from ..seeding import seeded
 
 _END = object()
 Data = Iterable[Any] | Callable[[int], Any]

@@ -1,4 +1,4 @@
-"""Structured weights: how a changed weight acts, and the slot that routes torch functions to it."""
+"""Structured weights: how an adapted weight acts, and the slot that routes torch functions to it."""
 
 from . import rules as rules
 from .circulant import Circulant as Circulant
@@ -25,7 +25,7 @@ from .shared import SharedShards as SharedShards
 from .slot import Slot as Slot
 from .slot import rule as rule
 from .slot import weight_of as weight_of
-from .sparse_delta import Rows as Rows
+from .sparse_delta import ReplacedRows as ReplacedRows
 from .sparse_delta import SparseDelta as SparseDelta
 from .spectral import Spectral as Spectral
 from .value import Delta as Delta

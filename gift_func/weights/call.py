@@ -1,8 +1,8 @@
-"""One call of an adapted network, and what gradient checkpointing does inside of it.
+"""One call of an adapted network, and whether gradient checkpointing is used in it.
 
-A checkpoint runs a part of the network again in backward, after the call. It must then find the
-weights of that call. And a reentrant checkpoint around inputs that need no gradient drops the
-gradient of every weight inside, with no more than a warning.
+A checkpoint runs a part of the network again in backward, after the call, and needs the weights of
+that call. A reentrant checkpoint around inputs that need no gradient drops the gradient of every
+weight inside, with only a warning.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .value import Weight
 
 
 class Call:
-    """What held when a call began, and whether a checkpoint was met on the way.
+    """The state of autograd when a call began, and whether a checkpoint was found during it.
 
     Attributes:
-        grad: whether gradients were on; if not, there is nothing to look for.
-        hooks: the saved-tensor hooks in force.
+        grad: whether gradients were enabled; if not, checkpoints do not matter.
+        hooks: the saved-tensor hooks that were active.
         checkpointed: whether an operation on a weight ran inside a checkpoint.
-        outlived: whether the network runs on after the call, its forward being a generator.
+        outlived: whether the network goes on running after the call, because its forward is a generator.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Call:
         self.outlived = False
 
     def returns(self, made: Any) -> Any:
-        """What the network returned; if that is a generator, its copy of the network is left to it."""
+        """Pass on the network's output; if that is a generator, mark the call as outlived, so that its copy is not reused."""
         self.outlived = isinstance(made, GeneratorType)
         return made
 
     def look(self, weights: Iterable[Weight]) -> None:
-        """Notice a checkpoint around the operation on weights that is about to run.
+        """Record whether the operation on weights that is about to run is inside a checkpoint.
 
         Raises:
             CheckpointError: if a weight needs a gradient that a checkpoint would drop.
@@ -67,13 +67,13 @@ _current = _Current()
 
 
 def current() -> Call | None:
-    """The innermost call under way in this thread."""
+    """The innermost call that is running in this thread."""
     return _current.call
 
 
 @contextmanager
 def calling() -> Iterator[Call]:
-    """Mark the extent of one call in this thread."""
+    """Make a new call the current one of this thread for the length of the block."""
     before, call = _current.call, Call()
     _current.call = call
     try:

@@ -1,4 +1,4 @@
-"""`W + s·Re(F⁻¹(S))`: a change that is given by a few of its frequencies."""
+"""`W + s·Re(F⁻¹(S))`: a change with a few frequencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .value import OnBase, Weight, add_scaled, as_weight, dense_linear
 
 
 class Fourier(OnBase):
-    """`W + s·Re(ifft2(S))`, where S is zero but for `spectrum` at `indices`.
+    """`W + s·Re(ifft2(S))`, where S is zero except for `spectrum` at `indices`.
 
     Args:
         base: W, a matrix or a stack of matrices, `(..., rows, columns)`.
@@ -40,19 +40,19 @@ class Fourier(OnBase):
         if self.ndim > 2 or through > forming:
             return dense_linear(x, self.dense(), bias)
         i, j = self.indices[0], self.indices[1]
-        met = torch.fft.ifft(x.to(self._kind)).index_select(-1, j) * self.spectrum.to(self._kind)
-        spread = torch.zeros(*x.shape[:-1], rows, dtype=met.dtype, device=x.device).index_add(-1, i, met)
+        product = torch.fft.ifft(x.to(self._kind)).index_select(-1, j) * self.spectrum.to(self._kind)
+        spread = torch.zeros(*x.shape[:-1], rows, dtype=product.dtype, device=x.device).index_add(-1, i, product)
         return add_scaled(self.base.linear(x, bias), torch.fft.ifft(spread).real, self.scale)
 
     @property
     def _kind(self) -> torch.dtype:
-        # Half precision has no transform of every size.
+        # In half precision there are no transforms of some sizes.
         return torch.promote_types(self.spectrum.dtype, torch.float32)
 
     def _change(self) -> Tensor:
         rows, columns = self.shape[-2:]
         i, j = self.indices[0], self.indices[1]
-        # The real part of the inverse is the inverse of the spectrum's even part, of which a half suffices.
+        # The real part of the inverse is the inverse of the spectrum's even part, of which one half is enough.
         half = columns // 2 + 1
         values = self.spectrum.to(self._kind) / 2
         flat = torch.zeros(*values.shape[:-1], rows * half, dtype=values.dtype, device=values.device)
@@ -61,6 +61,3 @@ class Fourier(OnBase):
             flat = flat.scatter_add(-1, place.expand(values.shape), torch.where(column < half, values, 0.0))
         change: Tensor = torch.fft.irfft2(flat.unflatten(-1, (rows, half)), s=(rows, columns))
         return change
-
-    def eval(self) -> Weight:
-        return Fourier(self.base.eval(), self.spectrum, self.indices, self.scale)

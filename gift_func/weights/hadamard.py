@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,8 +18,8 @@ class Hadamard(OnBase):
     Args:
         base: W.
         tensors: A₁ `(..., rows, r)` as w1_a, B₁ `(..., r, columns)` as w1_b, A₂ and B₂ as w2_a and w2_b; and, if there
-            are any, the Tucker cores t1 and t2 `(r, r, k...)`, with A `(rows, r)` and B `(r, channels)` on their first two
-            sides.
+            are any, the Tucker cores t1 and t2 `(r, r, k...)`, whose first two dimensions A `(rows, r)` and B `(r, channels)`
+            multiply.
         scale: s.
         transposed: whether W is stored `(columns, rows)`.
         dropout: of rows.
@@ -43,7 +42,7 @@ class Hadamard(OnBase):
 
     @property
     def _is_matrix(self) -> bool:
-        """Whether the factors are those of a matrix W itself, and nothing else acts on their product."""
+        """Whether the product of the factors has W's own shape and is added to it as it is."""
         plain = not self.dropout and self.t1 is None and not self.transposed
         return plain and self.base.shape == torch.Size([self.a1.shape[-2], self.b1.shape[-1]])
 
@@ -60,7 +59,7 @@ class Hadamard(OnBase):
         rows, rank = self.a1.shape[-2:]
         columns = self.b1.shape[-1]
         tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
-        # The product of rows a ⊙ b of two factors of rank r is a factor of rank r²: for few tokens the cheaper way.
+        # The elementwise product of two products of rank r is a product of rank r², which is cheaper for few tokens.
         few = (tokens + 1) * rank * (rows + columns) < 2 * rows * columns
         if not few or not self._is_matrix:
             return super().linear(x, bias)
@@ -76,12 +75,7 @@ class Hadamard(OnBase):
             change = torch.where(padding.unsqueeze(-1), change.detach(), change)
         return add_scaled(self.base.choose(pick, padding), change, self.scale)
 
-    def eval(self) -> Weight:
-        made = copy.copy(self)
-        made.base, made.dropout = self.base.eval(), NO_DROPOUT
-        return made
-
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """`A·B`, or, around a Tucker core, A on its first side and B on its second: `(out, in, k...)`."""
+    """`A·B`, or a Tucker core with A on its first dimension and B on its second: `(out, in, k...)`."""
     return a @ b if core is None else torch.einsum("ij...,jc,oi->oc...", core, b, a)

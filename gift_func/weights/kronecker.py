@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,9 +17,9 @@ class Kronecker(OnBase):
 
     Args:
         base: W.
-        tensors: C as lokr_w1 or its factors, D as lokr_w2, its factors, or a Tucker core between them.
+        tensors: C as lokr_w1 or its two factors; D as lokr_w2, its two factors, or those and a Tucker core.
         scale: s.
-        transposed: whether W holds the transpose of the product.
+        transposed: whether the transpose of the product is added.
         dropout: of the product's rows.
     """
 
@@ -41,7 +40,7 @@ class Kronecker(OnBase):
         self.transposed = transposed
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        """s·C `(..., a, c)` and D `(..., b, d)`, a kernel's as `(b, d·k...)`; transposed where their product is."""
+        """s·C `(..., a, c)` and D `(..., b, d)`, a kernel's as `(b, d·k...)`; both transposed if their product is."""
         c = _product(self.w1, self.w1_a, self.w1_b, None) * self.scale
         d = _product(self.w2, self.w2_a, self.w2_b, self.t2)
         d = d if d.ndim == c.ndim else d.flatten(1)
@@ -85,13 +84,7 @@ class Kronecker(OnBase):
     def mT(self) -> Weight:
         if self._pair()[0].ndim != self.base.ndim:  # a kernel
             return super().mT
-        tensors = {f"lokr_{name}": t for name, t in self.__dict__.items() if isinstance(t, Tensor)}
-        return Kronecker(self.base.mT, tensors, self.scale, not self.transposed, self.dropout)
-
-    def eval(self) -> Weight:
-        made = copy.copy(self)
-        made.base, made.dropout = self.base.eval(), NO_DROPOUT
-        return made
+        return self.replace(base=self.base.mT, transposed=not self.transposed)
 
 
 def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""`W + s·B·A`: the low-rank weight, which acts through its thin factors."""
+"""`W + s·B·A`: a low-rank change, applied as two thin products."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from ..errors import AdaptError
 from ..kernels.choice import autocasts
-from ..kernels.convolution import Conv, split, splits, splitting_pays
+from ..kernels.convolution import Conv, can_split, split_convolution, splitting_pays
 from ..kernels.fused_linear import low_rank_linear
 from .value import Convolution, Dense, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
 
 
 class LowRank(OnBase):
-    """`W + s·reshape(left @ right)`, dropout on what meets the change.
+    """`W + s·reshape(left @ right)`, with dropout of the change's input.
 
     Args:
         base: W, of any shape.
@@ -24,7 +24,7 @@ class LowRank(OnBase):
         right: `(..., r, columns)`; the product has as many elements as W and is read in W's shape,
             so one class serves matrices, stacks of matrices, and both ways to flatten a kernel.
         scale: s.
-        dropout: probability with which an input feature is dropped before it meets the change.
+        dropout: probability of dropping an input feature of the change.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LowRank(OnBase):
 
     @property
     def _is_matrix(self) -> bool:
-        """Whether the factors are those of W itself, and not of W flattened."""
+        """Whether the product of the factors has W's own shape, and not that of W flattened."""
         return self.left.shape[:-1] == self.base.shape[:-1]
 
     def _change(self) -> Tensor:
@@ -75,7 +75,7 @@ class LowRank(OnBase):
         return add_scaled(self.base.linear(x, bias), change, self.scale)
 
     def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
-        two = self.in_two(x, conv)
+        two = self.as_two_convolutions(x, conv)
         if two is None and not self.dropout:
             return super().convolve(x, conv, bias)
         y = self.base.convolve(x, conv, bias)
@@ -85,21 +85,21 @@ class LowRank(OnBase):
         left, right = self.left, self.right
         if thin.dtype != right.dtype and not autocasts(x):
             thin = thin.to(right.dtype)
-        return add_scaled(y, split(two, thin, self.shape, left * self.scale, right), 1.0)
+        return add_scaled(y, split_convolution(two, thin, self.shape, left * self.scale, right), 1.0)
 
-    def in_two(self, x: Tensor, conv: Convolution) -> Conv | None:
-        """The convolution, if the change had better be a thin one and another point by point than a kernel."""
+    def as_two_convolutions(self, x: Tensor, conv: Convolution) -> Conv | None:
+        """The convolution if the change is better applied as a thin one and a pointwise one than as a kernel, else None."""
         left, right = self.left, self.right
-        if splits(conv, x, self.shape, left, right) and (self.dropout or splitting_pays(self.shape, left, right)):
+        if can_split(conv, x, self.shape, left, right) and (self.dropout or splitting_pays(self.shape, left, right)):
             return conv
         return None
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if not self._is_matrix:
             return super().lookup(pick, padding)
-        # Indices are no features, so there is nothing for dropout to drop.
+        # Dropout acts on input features, and indices have none.
         change = pick(self.left) @ self.right
-        if padding is not None:  # `pick` keeps the gradient from the left factor, this from the right one
+        if padding is not None:  # `pick` stops the gradient to the left factor, this the one to the right factor
             change = torch.where(padding.unsqueeze(-1), change.detach(), change)
         return add_scaled(self.base.lookup(pick, padding), change, self.scale)
 
@@ -114,6 +114,3 @@ class LowRank(OnBase):
             return super().__getitem__(index)
         right = self.right if self.base.ndim == 2 else self.right[index]
         return LowRank(self.base[index], self.left[index], right, self.scale, self.dropout)
-
-    def eval(self) -> Weight:
-        return LowRank(self.base.eval(), self.left, self.right, self.scale)

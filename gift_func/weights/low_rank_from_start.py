@@ -1,4 +1,4 @@
-"""`W + s·(B·A − B₀·A₀)`: a low-rank change that is measured from where it started."""
+"""`W + s·(B·A − B₀·A₀)`: the change of a low-rank product since the start of training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Pair = tuple[Tensor, Tensor]
 class LowRankFromStart(LowRank):
     """`W + s·reshape(left @ right − left₀ @ right₀)`.
 
-    It acts as the low-rank weight of `[left − left₀, left₀] @ [right; right − right₀]`, which is the same change but
-    exactly nothing at the start, and in which nothing large cancels later.
+    It is computed as the low-rank weight of `[left − left₀, left₀] @ [right; right − right₀]`: the same change, but exactly
+    zero at the start, and without the cancellation of two large products later.
 
     Args:
         base: W, of any shape.
@@ -32,7 +32,7 @@ class LowRankFromStart(LowRank):
         self.scale = scale
         self.dropout = dropout
 
-    # Computed when they are asked for: between calls a weight rests while its tensors are trained.
+    # Properties, since a weight stays bound between calls while its tensors are trained.
     @property
     def left(self) -> Tensor:  # type: ignore[override]
         return torch.cat([self._left - self._left0, self._left0], dim=-1)
@@ -43,6 +43,3 @@ class LowRankFromStart(LowRank):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return LowRank(self.base, self.left, self.right, self.scale, self.dropout).linear(x, bias)
-
-    def eval(self) -> Weight:
-        return LowRankFromStart(self.base.eval(), (self._left, self._right), (self._left0, self._right0), self.scale)

@@ -1,4 +1,4 @@
-"""`m·V/‖V‖`: a weight of given row or column norms, its direction low-rank beside the frozen weight."""
+"""`m·V/‖V‖`: a frozen weight with a low-rank change, and trained norms of its rows or columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.gain import gained
+from ..kernels.gain import apply_gain
 from .low_rank import LowRank
 from .value import Convolution, Index, OnBase, Weight, add_scaled, dense_linear
 
@@ -19,9 +19,9 @@ class Magnitude(OnBase):
     Args:
         base: V.
         magnitude: m, as many elements as there are norms.
-        squares: |W|², the sums of W's squares over that dimension; None for a kernel, which is formed.
+        squares: |W|², the sums of W's squares over that dimension; None for a kernel, whose V is computed whole.
         over: -1 for a norm of each row, -2 for one of each column.
-        detach: whether ‖V‖ counts as a constant in backward.
+        detach: whether ‖V‖ is a constant in backward.
     """
 
     base: LowRank
@@ -35,7 +35,7 @@ class Magnitude(OnBase):
         self.detach_norm = detach
 
     def norm(self) -> Tensor:
-        """‖V‖, one a row or column, without forming V where it is a matrix."""
+        """‖V‖, one for each row or column; computed without V itself where that is a matrix."""
         v = self.base
         if self.squares is None:
             kernel = v.eval().dense().flatten(1)
@@ -48,22 +48,22 @@ class Magnitude(OnBase):
             left, right = left.detach(), right.detach()
         if self.over == -2:
             weight, left, right = weight.mT, right.mT, left.mT
-        across = weight.linear(right.to(weight.dtype)).mT  # W·Aᵀ, through the base's own structure
+        across = weight.linear(right.to(weight.dtype)).mT  # W·Aᵀ, as the base's own class computes it
         left, right, across = (t.to(self.squares.dtype) for t in (left, right, across))
         # |W + s·B·A|² = |W|² + ⟨W·Aᵀ + D·(A·Aᵀ)/4, D⟩ in every row, with D = 2s·B.
         double = left * (2 * v.scale)
         total = self.squares + (add_scaled(across, double @ (right @ right.mT), 0.25) * double).sum(-1)
-        # Where V all but vanishes its square is a difference as small as rounding: take no less than that, nor nothing.
+        # Where V is almost zero, its square is a difference as small as the rounding error: clamp it to that, and above 0.
         limits = torch.finfo(total.dtype)
         return torch.maximum(total, (self.squares * limits.eps).clamp_min(limits.tiny)).sqrt()
 
     def _gain(self) -> Tensor:
-        """m / ‖V‖, 0 where both are: V is."""
+        """m / ‖V‖; where ‖V‖ is 0, m, which is multiplied by 0."""
         norm = self.norm().to(self.magnitude.dtype)
         return self.magnitude.reshape(norm.shape) / torch.where(norm > 0, norm, 1)
 
     def _gain_of_features(self) -> Tensor:
-        """The gain as it meets activations `(..., tokens, features)`: one for all tokens."""
+        """The gain in a shape that broadcasts to activations `(..., tokens, features)`."""
         gain = self._gain()
         return gain.unsqueeze(-2) if gain.ndim > 1 else gain
 
@@ -86,20 +86,20 @@ class Magnitude(OnBase):
             return w.linear(x, bias) + _scaled(add_scaled(plain, change, v.scale), gain) - plain
         if self.over == -2:
             return v.linear(_scaled(x, gain), bias)
-        return gained(v.linear(x), gain, bias)
+        return apply_gain(v.linear(x), gain, bias)
 
     def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
         v, w = self.base, self.base.base
         if v.dropout:
             return w.convolve(x, conv, bias) + conv(F.dropout(x, v.dropout), self.eval().dense() - w.dense(), None)
-        if v.in_two(x, conv) is None:
+        if v.as_two_convolutions(x, conv) is None:
             return super().convolve(x, conv, bias)
         gain = self._gain().reshape(-1, *[1] * (self.ndim - 2))
-        return gained(v.convolve(x, conv), gain, None if bias is None else bias.reshape(gain.shape))
+        return apply_gain(v.convolve(x, conv), gain, None if bias is None else bias.reshape(gain.shape))
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.over == -1:
-            return pick(self.eval().dense())  # indices are no features, so there is nothing for dropout to drop
+            return pick(self.eval().dense())  # dropout acts on input features, and indices have none
         rows = _scaled(self.base.lookup(pick, padding), self._gain())
         return rows if padding is None else torch.where(padding.unsqueeze(-1), rows.detach(), rows)
 
@@ -107,15 +107,12 @@ class Magnitude(OnBase):
     def mT(self) -> Weight:
         if self.squares is None:
             return super().mT
-        return Magnitude(self.base.mT, self.magnitude, self.squares, -3 - self.over, self.detach_norm)
+        return self.replace(base=self.base.mT, over=-3 - self.over)
 
     def __getitem__(self, index: Index) -> Weight:
         if self.squares is None or (self.over == -2 and self.ndim == 2):  # a column's norm needs all rows
             return super().__getitem__(index)
-        return Magnitude(self.base[index], self.magnitude[index], self.squares[index], self.over, self.detach_norm)
-
-    def eval(self) -> Weight:
-        return Magnitude(self.base.eval(), self.magnitude, self.squares, self.over, self.detach_norm)
+        return self.replace(base=self.base[index], magnitude=self.magnitude[index], squares=self.squares[index])
 
 
 def _scaled(x: Tensor, gain: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A grouped convolution with a thin ungrouped one beside it."""
+"""A grouped convolution and the low-rank change of an ungrouped one, added up."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .value import Convolution, OnBase, Weight, add_scaled, as_weight
 
 
 class Mixing(OnBase):
-    """The kernel W, and beside it `s·left ∗ (right ∗ x)`, where `right` sees the channels of all groups.
+    """`W ∗ x + s·left ∗ (right ∗ x)`, where W and `left` are grouped and `right` is not.
 
     Args:
         base: W, `(out, in/g, k, ...)` for g groups.
         left: `(out, r/g, 1, ...)`.
         right: `(r, in, k, ...)`.
         scale: s.
-        dropout: probability with which an input feature is dropped before it meets the change.
+        dropout: probability of dropping an input feature of the change.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Mixing(OnBase):
 
     def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
         groups, dims = self.right.shape[1] // self.base.shape[1], self.right.ndim - 2
-        # `conv` is grouped: each group makes its part of all r channels, and the parts add up.
+        # `conv` is grouped: each group computes its part of all r channels, and the parts are summed.
         kernels = rearrange(self.right, "r (g c) ... -> (g r) c ...", g=groups)
         thin = conv(F.dropout(x, self.dropout) if self.dropout else x, kernels.to(x.dtype), None)
         size = thin.shape[-dims:]
@@ -50,6 +50,3 @@ class Mixing(OnBase):
         left = rearrange(self.left.flatten(1), "(g o) r -> g o r", g=groups).to(thin.dtype)
         change = (left @ thin.unflatten(-2, (groups, -1))).flatten(-3, -2).unflatten(-1, size)
         return add_scaled(self.base.convolve(x, conv, bias), change, self.scale)
-
-    def eval(self) -> Weight:
-        return Mixing(self.base.eval(), self.left, self.right, self.scale)

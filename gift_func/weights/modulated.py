@@ -1,4 +1,4 @@
-"""`W ⊙ (1 + D)`: a change of low rank that modulates the weight's own elements."""
+"""`W ⊙ (1 + D)`: the weight times one plus a low-rank matrix, element by element."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from .value import Convolution, Index, OnBase, Weight
 
 
 class Modulated(OnBase):
-    """`W ⊙ (1 + D)`, for `W + D` of low rank."""
+    """`W ⊙ (1 + D)`.
+
+    Args:
+        base: `W + D` as a `LowRank`.
+    """
 
     base: LowRank
 
@@ -27,7 +31,7 @@ class Modulated(OnBase):
         return made
 
     def dense(self) -> Tensor:
-        # Where dropout is on, the low-rank weight refuses to be formed, and says why.
+        # With dropout the low-rank weight raises an error that says why it has no dense form.
         return self.base.base.dense() + self._change() if not self.base.dropout else self.base.dense()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +47,7 @@ class Modulated(OnBase):
         return v.base.convolve(x, conv, bias) + conv(F.dropout(x, v.dropout), self._change(), None)
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
-        return pick(self.eval().dense())  # indices are no features, so there is nothing for dropout to drop
+        return pick(self.eval().dense())  # dropout acts on input features, and indices have none
 
     def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         v = self.base
@@ -55,12 +59,9 @@ class Modulated(OnBase):
 
     @property
     def mT(self) -> Weight:
-        turned = self.base.mT
-        return Modulated(turned) if isinstance(turned, LowRank) else super().mT
+        transposed = self.base.mT
+        return Modulated(transposed) if isinstance(transposed, LowRank) else super().mT
 
     def __getitem__(self, index: Index) -> Weight:
         part = self.base[index]
         return Modulated(part) if isinstance(part, LowRank) else super().__getitem__(index)
-
-    def eval(self) -> Weight:
-        return Modulated(self.base.eval())

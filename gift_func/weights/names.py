@@ -1,4 +1,4 @@
-"""Torch functions that a slot treats by what they are: questions about a tensor, and writes to it."""
+"""Torch functions that a slot does not pass to its weight: reads of metadata, and writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FUNCTIONS = "is_floating_point is_complex is_conj is_neg is_inference numel is_
 
 
 def getter(name: str) -> Callable[..., Any]:
-    """What `__torch_function__` sees when an attribute of a tensor is read."""
+    """The function that `__torch_function__` is given when an attribute of a tensor is read."""
     read: Callable[..., Any] = getattr(Tensor, name).__get__
     return read
 
@@ -34,7 +34,7 @@ METADATA: frozenset[Callable[..., Any]] = frozenset(
     + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
     + [getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)]
 )
-"""Questions that the placeholder answers. Dynamo asks many of them while it makes a fake tensor of a slot."""
+"""Functions that read only metadata, which the placeholder has. Dynamo calls many of them to make a fake tensor of a slot."""
 
 WRITES = frozenset(
     """
@@ -42,4 +42,4 @@ WRITES = frozenset(
     __ilshift__ __irshift__ register_hook register_post_accumulate_grad_hook retain_grad backward
     """.split()
 )
-"""Names of functions that change their first argument and do not end in an underscore, or wait for its gradient."""
+"""Names of functions that change their first argument without a trailing underscore, or register for its gradient."""

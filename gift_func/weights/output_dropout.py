@@ -1,4 +1,4 @@
-"""Dropout of a change's outputs, where the dropout of other weights is of an operation's inputs."""
+"""Dropout of a change's outputs; the dropout of other weights is of the change's input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class OutputDropout:
-    """Dropout of a change's outputs, and of the whole of it, as LyCORIS and PEFT have it.
+    """Dropout of a change's outputs, and of the change as a whole, as in LyCORIS and PEFT.
 
     Attributes:
-        rows: probability of leaving the change of an output out.
-        rescale: divide those that stay by their share.
-        whole: probability of leaving all of it out.
+        rows: probability of dropping the change of an output.
+        rescale: divide the changes that are not dropped by their share of all.
+        whole: probability of dropping the change as a whole.
     """
 
     rows: float = 0.0
@@ -26,7 +26,7 @@ class OutputDropout:
         return bool(self.rows or self.whole)
 
     def factor(self, like: Tensor, *shape: int) -> Tensor:
-        """What the outputs' changes are multiplied by, drawn anew."""
+        """A new random factor, of this shape, for the outputs' changes."""
         kept = (F.dropout(like.new_ones(shape), self.rows) > 0).to(like.dtype)
         if self.rescale:
             kept = kept / kept.mean(-1, keepdim=True).clamp(min=1 / shape[-1])

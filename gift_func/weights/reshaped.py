@@ -1,4 +1,4 @@
-"""A weight read in another shape: a kernel as a matrix, and back."""
+"""A weight in another shape: a kernel as a matrix, and back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Reshaped(Weight):
     """The same elements in another shape.
 
     Args:
-        weight: the weight to read.
-        shape: of as many elements.
+        weight: the weight.
+        shape: a shape with as many elements.
     """
 
     def __init__(self, weight: Weight | Tensor, shape: torch.Size) -> None:
@@ -38,6 +38,3 @@ class Reshaped(Weight):
 
     def dense(self) -> Tensor:
         return self.weight.dense().reshape(self.size)
-
-    def eval(self) -> Weight:
-        return Reshaped(self.weight.eval(), self.size)

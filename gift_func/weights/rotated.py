@@ -1,113 +1,102 @@
-"""`W·Rᵀ` and `Rᵀ·W`: a weight whose inputs or outputs are turned by an orthogonal matrix."""
+"""`W·Rᵀ` and `Rᵀ·W`: a weight whose inputs or outputs are rotated by an orthogonal matrix."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.choice import fuses
-from ..kernels.turned_linear import turned_linear
-from .value import Dense, Index, OnBase, Weight, as_weight
+from ..kernels.choice import can_fuse
+from ..kernels.rotated_linear import rotated_linear
+from .value import Dense, Index, OnBase, Side, Weight, as_weight
 
-Side = Literal["input", "output"]
-
-MANY = 512
-"""Tokens from which on a layer turned in one piece gains (measured: 256 lose, 768 win)."""
+MIN_TOKENS_ROTATED = 512
+"""Tokens from which on the fused kernel is faster (measured: slower at 256, faster at 768)."""
 
 
 class Rotated(OnBase):
-    """`W' = W·Rᵀ` on the input side, which turns rows of x by R before they meet W; `W' = Rᵀ·W` on the output side.
+    """`W' = W·Rᵀ` on the input side, where rows of x are multiplied by R before W; `W' = Rᵀ·W` on the output side.
 
     Attributes:
         base: W, a matrix or a stack of matrices.
-        side: which side R stands on.
-        inverse: whether Rᵀ stands in R's place.
+        side: whether R rotates inputs or outputs.
+        inverse: whether Rᵀ takes R's place.
     """
 
     side: Side
     inverse: bool
 
     @abstractmethod
-    def turn(self, rows: Tensor, inverse: bool) -> Tensor:
+    def rotate(self, rows: Tensor, inverse: bool) -> Tensor:
         """`rows @ R`, or `rows @ R.mT`, for rows of shape `(..., n, d)`."""
 
     @property
     @abstractmethod
     def cost(self) -> int:
-        """Products that turning one row takes."""
+        """Products that rotating one row takes."""
 
     def dense(self) -> Tensor:
         weight = self.base.dense()
         if self.side == "input":
-            return self._turned(weight, not self.inverse)
-        return self._turned(weight.mT, self.inverse).mT
+            return self._rotated(weight, not self.inverse)
+        return self._rotated(weight.mT, self.inverse).mT
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows, columns = self.shape[-2:]
         tokens = x.shape[:-1].numel()
-        turned = rows if self.side == "input" else columns
-        # Turning what goes through: one turn for each token. Turning the weight: one for each of its rows (columns).
-        # A gradient costs the first two turns more; the second one more, and the weight's full gradient.
-        through, forming = tokens * self.cost, turned * self.cost
+        # Rotations of activations, one for each token, or of the weight, one for each of its rows (columns). In backward the
+        # former take two more each; the latter one more, and the weight's full gradient.
+        through, forming = tokens * self.cost, (rows if self.side == "input" else columns) * self.cost
         if torch.is_grad_enabled():
             through, forming = 3 * through, 2 * forming + tokens * rows * columns
         if through > forming:
             return super().linear(x, bias)
         if self.side == "input":
-            return self.base.linear(self._turned(x, self.inverse), bias)
-        y = self._turned(self.base.linear(x), self.inverse)
+            return self.base.linear(self._rotated(x, self.inverse), bias)
+        y = self._rotated(self.base.linear(x), self.inverse)
         return y if bias is None else y + bias
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.side == "output" or self.ndim != 2:
             return super().lookup(pick, padding)
-        found = self._turned(self.base.lookup(pick, padding), not self.inverse)
+        found = self._rotated(self.base.lookup(pick, padding), not self.inverse)
         return found if padding is None else torch.where(padding.unsqueeze(-1), found.detach(), found)
 
     @property
     def mT(self) -> Weight:
-        return self._with(self.base.mT, side="output" if self.side == "input" else "input", inverse=not self.inverse)
+        return self.replace(base=self.base.mT, side="output" if self.side == "input" else "input", inverse=not self.inverse)
 
     def __getitem__(self, index: Index) -> Weight:
         if self.ndim > 2:
             own = {name: item[index] for name, item in self.__dict__.items() if isinstance(item, Tensor)}
-            return self._with(self.base[index], **own)
+            return self.replace(base=self.base[index], **own)
         whole = self.side == "input" and isinstance(index, slice)
-        return self._with(self.base[index]) if whole else super().__getitem__(index)
+        return self.replace(base=self.base[index]) if whole else super().__getitem__(index)
 
-    def eval(self) -> Weight:
-        return self._with(self.base.eval())
-
-    def _with(self, base: Weight, **changes: object) -> Rotated:
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__, base=base, **changes)
-        return made
-
-    def _turned(self, rows: Tensor, inverse: bool) -> Tensor:
-        return self.turn(rows.unsqueeze(0), inverse).squeeze(0) if rows.ndim == 1 else self.turn(rows, inverse)
+    def _rotated(self, rows: Tensor, inverse: bool) -> Tensor:
+        return self.rotate(rows.unsqueeze(0), inverse).squeeze(0) if rows.ndim == 1 else self.rotate(rows, inverse)
 
 
 class Blocks(Rotated):
     """R is a product of factors, each a block-diagonal matrix between a butterfly's permutation and its inverse.
 
-    `R = R_m ⋯ R_2·R_1`. The first factor turns neighbours; factor i mixes what lies `b/2·2^i` apart. One factor is plain
+    `R = R_m ⋯ R_2·R_1`. The first factor rotates neighbours; factor i combines features `b/2·2^i` apart. A single factor is
     block-diagonal.
 
     Args:
         base: W.
-        raw: what the blocks are made of.
-        make: makes of `raw` the orthogonal blocks, `(..., m, d/b, b, b)`, or `(..., m, 1, b, b)` if all blocks of a factor
-            are one. Leading dimensions are those of a stack of matrices. Called anew by each operation.
+        raw: the tensor that the blocks are computed from.
+        make: computes the orthogonal blocks from `raw`: `(..., m, d/b, b, b)`, or `(..., m, 1, b, b)` if all blocks of a
+            factor are the same. Leading dimensions are those of a stack of matrices. Called in each operation.
         size: b.
-        side: which side R stands on.
-        dropout: probability with which a block is left out, in training.
-        orthogonal: whether the blocks are so exactly; a series only nears it.
+        side: whether R rotates inputs or outputs.
+        factors: m.
+        dropout: probability of replacing a block by the identity, in training.
+        orthogonal: whether the blocks are exactly orthogonal; those of a truncated series are not.
     """
 
     def __init__(
@@ -136,7 +125,7 @@ class Blocks(Rotated):
         return self.factors * self.size * self.shape[-1 if self.side == "input" else -2]
 
     def _blocks(self, inverse: bool) -> Tensor:
-        """The blocks that turn rows, of all factors; in training, some of them left out."""
+        """The blocks that rows are multiplied by, of all factors; in training, some of them replaced by the identity."""
         blocks = self.make(self.raw)
         if self.dropout:
             kept = F.dropout(torch.ones(blocks.shape[:-2], dtype=blocks.dtype, device=blocks.device), self.dropout) > 0
@@ -144,36 +133,33 @@ class Blocks(Rotated):
             blocks = torch.where(kept[..., None, None], blocks, eye)
         return blocks.mT if inverse else blocks
 
-    def turn(self, rows: Tensor, inverse: bool) -> Tensor:
+    def rotate(self, rows: Tensor, inverse: bool) -> Tensor:
         blocks, size = self._blocks(inverse), self.size
         kind = torch.promote_types(rows.dtype, blocks.dtype)
-        blocks, turned = blocks.to(kind), rows.to(kind)
+        blocks, rotated = blocks.to(kind), rows.to(kind)
         for i in range(self.factors) if inverse else reversed(range(self.factors)):
-            # A vector lies as (segment, even or odd, block, half a block); a block takes one half of each kind.
+            # A vector is (segment, even or odd, block, half a block); a block takes one half of each kind.
             if i:
-                turned = rearrange(turned, "... (s e c h) -> ... (s c e h)", e=2, c=2**i, h=size // 2)
-            turned = _by_blocks(turned, blocks[..., i, :, :, :])
+                rotated = rearrange(rotated, "... (s e c h) -> ... (s c e h)", e=2, c=2**i, h=size // 2)
+            rotated = _by_blocks(rotated, blocks[..., i, :, :, :])
             if i:
-                turned = rearrange(turned, "... (s c e h) -> ... (s e c h)", e=2, c=2**i, h=size // 2)
-        return turned.to(rows.dtype)
+                rotated = rearrange(rotated, "... (s c e h) -> ... (s e c h)", e=2, c=2**i, h=size // 2)
+        return rotated.to(rows.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        plain = self.side == "input" and self.factors == 1 and x.shape[:-1].numel() >= MANY
-        if plain and isinstance(self.base, Dense) and fuses(x, self.base.tensor, bias, self.raw):
-            return turned_linear(x, self.base.tensor, bias, self._blocks(self.inverse).squeeze(0), self.orthogonal)
+        plain = self.side == "input" and self.factors == 1 and x.shape[:-1].numel() >= MIN_TOKENS_ROTATED
+        if plain and isinstance(self.base, Dense) and can_fuse(x, self.base.tensor, bias, self.raw):
+            return rotated_linear(x, self.base.tensor, bias, self._blocks(self.inverse).squeeze(0), self.orthogonal)
         return super().linear(x, bias)
-
-    def eval(self) -> Weight:
-        return self._with(self.base.eval(), dropout=0.0)
 
 
 class HouseholderRotation(Rotated):
-    """`W' = W·H` with `H = I - left @ right`, a product of reflections held by two thin factors.
+    """`W' = W·H` with `H = I - left @ right`, a product of reflections as two thin factors.
 
     Args:
         base: W, `(..., out, d)`.
-        raw: what the factors are made of, `(..., d, r)`.
-        make: makes of `raw` left `(..., d, r)` and right `(..., r, d)`. Called anew by each operation.
+        raw: the tensor that the factors are computed from, `(..., d, r)`.
+        make: computes left `(..., d, r)` and right `(..., r, d)` from `raw`. Called in each operation.
     """
 
     def __init__(self, base: Weight | Tensor, raw: Tensor, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -187,7 +173,7 @@ class HouseholderRotation(Rotated):
     def cost(self) -> int:
         return 2 * self.raw.shape[-2] * self.raw.shape[-1]
 
-    def turn(self, rows: Tensor, inverse: bool) -> Tensor:
+    def rotate(self, rows: Tensor, inverse: bool) -> Tensor:
         left, right = self.make(self.raw)
         kind = torch.promote_types(rows.dtype, left.dtype)
         left, right = left.to(kind), right.to(kind)
@@ -197,7 +183,7 @@ class HouseholderRotation(Rotated):
 
 
 def _by_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
-    """`rows @ R` for R of these blocks on its diagonal, `(..., count, b, b)`, or of the one block `(..., 1, b, b)`."""
+    """`rows @ R` for R with these blocks on its diagonal, `(..., count, b, b)`, or one block for all, `(..., 1, b, b)`."""
     size = blocks.shape[-1]
     count = rows.shape[-1] // size
     if blocks.ndim > 3:  # a stack of matrices
@@ -205,9 +191,9 @@ def _by_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
         return torch.matmul(rows.unflatten(-1, (count, size)).transpose(-2, -3), blocks).transpose(-2, -3).flatten(-2)
     if blocks.shape[0] < count:
         return torch.matmul(rows.unflatten(-1, (count, size)), blocks[0]).flatten(-2)
-    # One product a block, whatever the dimensions of the rows: einsum would go a longer way to the same.
-    apart = rows.reshape(rows.shape[:-1].numel(), count, size).transpose(0, 1)
-    return torch.bmm(apart, blocks).transpose(0, 1).reshape(rows.shape)
+    # One product for each block whatever the dimensions of the rows, in fewer steps than einsum takes.
+    by_block = rows.reshape(rows.shape[:-1].numel(), count, size).transpose(0, 1)
+    return torch.bmm(by_block, blocks).transpose(0, 1).reshape(rows.shape)
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
@@ -227,12 +213,12 @@ def cayley(skewed: Tensor) -> Tensor:
 
 
 def neumann(skewed: Tensor, terms: int) -> Tensor:
-    """`I + 2Q + 2Q² + ... + Q^(terms-1)`, which nears `(I + Q)·(I - Q)⁻¹` for small Q; in float32 at least."""
+    """`I + 2Q + 2Q² + ... + Q^(terms-1)`, about `(I + Q)·(I - Q)⁻¹` for small Q; in float32 at least."""
     q = skewed.to(torch.promote_types(skewed.dtype, torch.float32))
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms < 3:
         return torch.add(eye, q, alpha=2 if terms == 2 else 0)
-    # By pairs of powers, so that it takes half as many products: 2 + 2Q + Q²·(2 + 2Q + Q²·(...)).
+    # In pairs of powers, which halves the number of products: 2 + 2Q + Q²·(2 + 2Q + Q²·(...)).
     degree = max(terms, 4) - 1  # three terms are four in PEFT, whose checkpoints this must read
     q = q.reshape(-1, *q.shape[-2:])
     square, first = torch.bmm(q, q), torch.add(eye, q, alpha=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..kernels.gain import gained
-from .value import Index, OnBase, Weight, as_weight
+from ..kernels.gain import apply_gain
+from .value import Index, OnBase, Side, Weight, as_weight
 
 
 class Scaled(OnBase):
@@ -22,9 +21,7 @@ class Scaled(OnBase):
         source: the tensor that the factor is a view of; by default the factor itself.
     """
 
-    def __init__(
-        self, base: Weight | Tensor, factor: Tensor, side: Literal["output", "input"], source: Tensor | None = None
-    ) -> None:
+    def __init__(self, base: Weight | Tensor, factor: Tensor, side: Side, source: Tensor | None = None) -> None:
         self.base = as_weight(base)
         self.factor = factor
         self.side = side
@@ -34,23 +31,23 @@ class Scaled(OnBase):
         return (self.base.dense() * self.factor).to(self.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        # Scaling what goes through costs a product for each token; a scaled weight would need a full gradient.
-        across = self.shape[-1] if self.side == "output" else self.shape[-2]
-        if not torch.is_grad_enabled() and x.shape[:-1].numel() > across:
+        # Scaling activations costs a product for each token; scaling the weight needs its full gradient in backward.
+        width = self.shape[-1] if self.side == "output" else self.shape[-2]
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() > width:
             return super().linear(x, bias)
-        along = self.factor.mT if self.side == "output" else self.factor
-        along = along.squeeze(-2) if along.ndim == 2 else along
+        factor = self.factor.mT if self.side == "output" else self.factor
+        factor = factor.squeeze(-2) if factor.ndim == 2 else factor
         if self.side == "input":
-            return self.base.linear((x * along).to(x.dtype), bias)
-        return gained(self.base.linear(x), along, bias)
+            return self.base.linear((x * factor).to(x.dtype), bias)
+        return apply_gain(self.base.linear(x), factor, bias)
 
     def affine(self, x: Tensor, bias: Weight) -> Tensor:
-        """`linear` with a bias that is a weight too; if one tensor scales both, it scales what they give together."""
+        """`linear` with a bias that is a weight too; if one tensor scales both, the sum is scaled once."""
         if self.side == "input" or not isinstance(bias, Scaled) or bias.source is not self.source or self.ndim != 2:
             return self.linear(x, bias.dense())
         if not torch.is_grad_enabled() and x.shape[:-1].numel() > self.shape[-1]:
             return self.linear(x, bias.dense())
-        return gained(self.base.linear(x, bias.base.dense()), self.factor.reshape(self.shape[0]), None)
+        return apply_gain(self.base.linear(x, bias.base.dense()), self.factor.reshape(self.shape[0]), None)
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.side == "output" or self.ndim != 2:
@@ -66,6 +63,3 @@ class Scaled(OnBase):
     def __getitem__(self, index: Index) -> Weight:
         factor = self.factor if self.factor.shape[0] == 1 else self.factor[index]
         return Scaled(self.base[index], factor, self.side)
-
-    def eval(self) -> Weight:
-        return Scaled(self.base.eval(), self.factor, self.side, self.source)

@@ -48,7 +48,7 @@ class ScaledLowRank(LowRank):
         self.scale = scale
         self.dropout = dropout
 
-    # Computed when they are asked for: between calls a weight rests while its tensors are trained.
+    # Properties, since a weight stays bound between calls while its tensors are trained.
     @property
     def left(self) -> Tensor:  # type: ignore[override]
         return self.outer if self.rows is None else self.rows.unsqueeze(-1) * self.outer
@@ -79,7 +79,3 @@ class ScaledLowRank(LowRank):
         if rows is not None and y.dtype == change.dtype and not isinstance(self.scale, Tensor):
             return torch.addcmul(y, change, rows, value=self.scale)
         return add_scaled(y, change if rows is None else change * rows, self.scale)
-
-    def eval(self) -> Weight:
-        parts = self.outer, self.middle, self.inner
-        return ScaledLowRank(self.base.eval(), *parts, rows=self.rows, columns=self.columns, scale=self.scale)

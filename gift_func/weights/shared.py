@@ -1,4 +1,4 @@
-"""`W + Δ`, Δ one small block repeated along the inputs, and the variant in which W's own blocks multiply it."""
+"""`W + Δ` for a Δ that repeats one small block along the inputs, and a variant in which W's blocks multiply theirs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdaptError
-from ..kernels.choice import autocasts, fuses
-from ..kernels.shared_linear import is_worth, shared_linear
+from ..kernels.choice import autocasts, can_fuse
+from ..kernels.shared_linear import forming_pays, shared_linear
 from .value import Dense, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
 
 
@@ -20,7 +20,7 @@ class SharedShards(OnBase):
     Args:
         base: W, a matrix or a stack of matrices, `(..., out, in)`.
         block: `(..., r, w)`; w divides out.
-        dropout: probability with which an input feature is dropped before it meets the change.
+        dropout: probability of dropping an input feature of the change.
     """
 
     def __init__(self, base: Weight | Tensor, block: Tensor, dropout: float = 0.0) -> None:
@@ -47,12 +47,12 @@ class SharedShards(OnBase):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows, columns = self.shape[-2:]
         rank, width = self.block.shape[-2:]
-        # To form the weight is to write it twice, some eight products an element; a gradient would need all of it once more.
+        # Computing the weight writes it twice, about as much as eight products an element, and again for a gradient.
         tokens = prod(x.shape[:-1])
         if not torch.is_grad_enabled() and not self.dropout and tokens * (columns + rank * width) > 8 * rows * columns:
             return dense_linear(x, self.dense(), bias)
-        worth = not self.dropout and is_worth(tokens, rows, columns)
-        if worth and isinstance(self.base, Dense) and fuses(x, self.base.tensor, bias, self.block):
+        worth = not self.dropout and forming_pays(tokens, rows, columns)
+        if worth and isinstance(self.base, Dense) and can_fuse(x, self.base.tensor, bias, self.block):
             return shared_linear(x, self.base.tensor, bias, self.block)
         thin = F.dropout(x, self.dropout) if self.dropout else x
         if thin.dtype != self.block.dtype and not autocasts(x):
@@ -66,44 +66,15 @@ class SharedShards(OnBase):
 
     def __getitem__(self, index: Index) -> Weight:
         if self.ndim > 2:
-            return SharedShards(self.base[index], self.block[index], self.dropout)
+            return self.replace(base=self.base[index], block=self.block[index])
         if not isinstance(index, slice):
             return super().__getitem__(index)
         whole = self.block.repeat(1, self.shape[0] // self.block.shape[1])
-        return SharedShards(self.base[index], whole[:, index], self.dropout)
-
-    @property
-    def mT(self) -> Weight:
-        return _Transposed(self)
-
-    def eval(self) -> Weight:
-        return SharedShards(self.base.eval(), self.block)
-
-
-class _Transposed(OnBase):
-    """The transpose of shared shards, which still knows their dropout."""
-
-    def __init__(self, base: SharedShards) -> None:
-        self.base = base
-
-    @property
-    def shape(self) -> torch.Size:
-        *lead, rows, columns = self.base.shape
-        return torch.Size([*lead, columns, rows])
-
-    def dense(self) -> Tensor:
-        return self.base.dense().mT
-
-    @property
-    def mT(self) -> Weight:
-        return self.base
-
-    def eval(self) -> Weight:
-        return self.base.eval().mT
+        return self.replace(base=self.base[index], block=whole[:, index])
 
 
 class BlockAffine(OnBase):
-    """`W' = W + W·B + B` by blocks: every r×r block of W in block row i meets B_i.
+    """`W' = W + W·B + B` by blocks: every r×r block of W in block row i is multiplied by B_i, which is added.
 
     Args:
         base: W, a matrix or a stack of matrices, `(..., out, in)`; r divides both.
@@ -125,7 +96,4 @@ class BlockAffine(OnBase):
         return changed.to(weight.dtype)
 
     def __getitem__(self, index: Index) -> Weight:
-        return BlockAffine(self.base[index], self.block[index]) if self.ndim > 2 else super().__getitem__(index)
-
-    def eval(self) -> Weight:
-        return BlockAffine(self.base.eval(), self.block)
+        return self.replace(base=self.base[index], block=self.block[index]) if self.ndim > 2 else super().__getitem__(index)

@@ -1,9 +1,9 @@
-"""The slot: a tensor that stands in a parameter's place and hands every torch function to a weight.
+"""The slot: a tensor that takes a parameter's place and passes every torch function to a structured weight.
 
-A slot is a NaN placeholder with the parameter's shape, element type and device. A function that has
-a rule acts through the weight's structure; any other gets the dense weight; a question about
-shape, type or place is answered by the placeholder itself; a write is refused. An operation that
-slips past all of that computes with NaN, which is loud, and never with the base's own value.
+A slot is a NaN placeholder with the parameter's shape, element type and device. A function with a
+slot rule calls the weight's methods; any other gets the dense weight; metadata is read from the
+placeholder itself; a write is an error. An operation that bypasses all of this computes NaN, which
+is noticed, and never silently with the base's value.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .call import current
 from .names import METADATA, WRITES
 from .value import Weight
 
-Rule = TypeVar("Rule", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 TorchFunction = Callable[..., Any]
 
-RULES: dict[TorchFunction, Callable[..., Any]] = {}
+SLOT_RULES: dict[TorchFunction, Callable[..., Any]] = {}
 
 
-def rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
+def rule(*functions: TorchFunction) -> Callable[[Function], Function]:
     """Register how torch functions act on slots.
 
     The rule is called with the torch function's own arguments, some of which are slots
@@ -44,9 +44,9 @@ def rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
         ...     return weight_of(weight).dense().diagonal().sum()
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: Function) -> Function:
         for torch_function in functions:
-            RULES[torch_function] = function
+            SLOT_RULES[torch_function] = function
         return function
 
     return register
@@ -64,7 +64,7 @@ class Slot(Tensor):
         fill = float("nan") if weight.dtype.is_floating_point or weight.dtype.is_complex else 0
         made = torch.full((), fill, dtype=weight.dtype, device=weight.device).expand(weight.shape).as_subclass(Slot)
         made.weight = weight
-        made._is_param = True  # model code may ask for an nn.Parameter, and this is how torch tells one
+        made._is_param = True  # model code may test for an nn.Parameter, and this is how torch recognizes one
         return made
 
     @classmethod
@@ -83,7 +83,7 @@ class Slot(Tensor):
             call = current()
             if call is not None and call.grad:
                 call.look(_weights_in((*args, *kwargs.values())))
-        act = RULES.get(func)
+        act = SLOT_RULES.get(func)
         if act is not None:
             result = act(*args, **kwargs)
             if result is not NotImplemented:
@@ -115,19 +115,19 @@ def weight_of(tensor: Tensor) -> Weight:
 
 
 def dense_of(argument: Any) -> Any:
-    """A slot's dense weight; anything else as it is."""
+    """A slot's dense weight; anything else unchanged."""
     return argument.weight.dense() if isinstance(argument, Slot) else argument
 
 
 def dense_tree(tree: Any) -> Any:
-    """The same arguments with every slot, however deep in lists, replaced by its dense weight."""
+    """The same arguments with every slot, also in nested lists, replaced by its dense weight."""
     if type(tree) is tuple and not any(isinstance(item, (list, tuple, dict)) for item in tree):
         return tuple(dense_of(item) for item in tree)
     return tree_map_only(Slot, lambda slot: slot.weight.dense(), tree)
 
 
 def _weights_in(arguments: Iterable[Any]) -> Iterator[Weight]:
-    """The weights among a function's arguments, and in their lists: RNNs pass theirs in one."""
+    """The weights among a function's arguments, and in lists of them, as RNNs pass theirs."""
     for argument in arguments:
         if isinstance(argument, Slot):
             yield argument.weight

@@ -1,4 +1,4 @@
-"""Weights that differ from their base in few places: scattered entries, or whole rows."""
+"""Weights that differ from their base in some entries only, or in some rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SparseDelta(OnBase):
     """`W + s·scatter(v)`: values added at some entries of W.
 
     Args:
-        base: W, of any shape; its entries are numbered as those of the matrix `(d_0, d_1·d_2·...)`.
+        base: W, of any shape `(d_0, d_1, ...)`, seen as the matrix `(d_0, d_1·d_2·...)`.
         values: v, `(n,)`.
         indices: `(2, n)`, the row and column of each value in that matrix, no pair twice.
         scale: s.
@@ -34,18 +34,15 @@ class SparseDelta(OnBase):
         place = rows * (flat.shape[0] // self.shape[0]) + columns
         return flat.index_add(0, place, self.values.to(wide) * self.scale).to(self.base.dtype).view(self.shape)
 
-    def eval(self) -> Weight:
-        return SparseDelta(self.base.eval(), self.values, self.indices, self.scale)
 
-
-class Rows(OnBase):
+class ReplacedRows(OnBase):
     """W with some of its rows replaced.
 
     Args:
         base: W, `(rows, columns)`.
         replacement: `(n, columns)`, the new rows.
         indices: `(n,)`, which rows they replace, none twice.
-        positions: `(rows, 1)`, for every row of W the place of its replacement, or -1.
+        positions: `(rows, 1)`, for every row of W the index of its replacement, or -1.
     """
 
     def __init__(self, base: Weight | Tensor, replacement: Tensor, indices: Tensor, positions: Tensor) -> None:
@@ -69,6 +66,3 @@ class Rows(OnBase):
         if padding is not None:
             chosen = torch.where(padding.unsqueeze(-1), chosen.detach(), chosen)
         return torch.where((position >= 0).unsqueeze(-1), chosen, self.base.choose(pick, padding))
-
-    def eval(self) -> Weight:
-        return Rows(self.base.eval(), self.replacement, self.indices, self.positions)

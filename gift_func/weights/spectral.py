@@ -1,4 +1,4 @@
-"""`U·diag(relu(σ + δ))·Vᵀ`: a weight held by its singular values."""
+"""`U·diag(relu(σ + δ))·Vᵀ`: a weight as its singular value decomposition, with shifted singular values."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Spectral(Weight):
         rows, rank = self.u.shape
         columns = self.vh.shape[-1]
         tokens = x.shape.numel() // x.shape[-1] if x.shape[-1] else 0
-        # Through the factors: tokens·k·(rows + columns) products; through the matrix: k·rows·columns to form it
-        # and tokens·rows·columns to use it. Few tokens are cheaper through the factors.
+        # By the factors: tokens·k·(rows + columns) products. By the matrix: k·rows·columns to compute it and
+        # tokens·rows·columns to apply it. For few tokens the factors are cheaper.
         if tokens * rank * (rows + columns) > (rank + tokens) * rows * columns or self.size != (rows, columns):
             return super().linear(x, bias)
         return dense_linear(dense_linear(x, self.vh, None) * self._spectrum, self.u, bias)

@@ -1,15 +1,14 @@
-"""The value a parameter's name is bound to: a weight that acts without having to be formed.
+"""Structured weights: values that a parameter's name is bound to, and that act without being computed as a whole.
 
-An operation asks a weight to act (`linear`, `convolve`, `lookup`); a weight that has no better
-way answers through `dense()`, so every weight is right under every operation and fast where it
-says how.
+An operation calls a method of the weight (`linear`, `convolve`, `lookup`), whose default uses `dense()`.
+So every weight is correct under every operation, and fast where it overrides the method.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,14 +16,15 @@ from torch.nn import functional as F
 
 Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Index = Any
+Side = Literal["output", "input"]
 
 
 class Weight(ABC):
-    """A tensor-shaped value: the weight that stands in a parameter's place.
+    """A tensor-shaped value that takes a parameter's place.
 
-    A subclass holds tensors and other weights as attributes, is never changed after it was made,
-    and defines `base`-independent truth in `dense()`. The other methods are ways to act that a
-    subclass may do better than by forming the matrix.
+    A subclass holds tensors and other weights as attributes, and is never changed after it was made.
+    `dense()` defines what it is; the other methods are operations on it, which a subclass may
+    compute faster than from the dense weight. An attribute called `dropout` acts in training only.
     """
 
     @property
@@ -40,7 +40,7 @@ class Weight(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the dense weight would lie."""
+        """Device of the dense weight."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -65,20 +65,20 @@ class Weight(ABC):
         return dense_linear(x, self.dense(), bias)
 
     def convolve(self, x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
-        """`conv(x, W, bias)`, where `conv` knows stride, padding and the rest, and is linear in x and in W."""
+        """`conv(x, W, bias)`, where `conv` has its stride, padding and so on, and is linear in x and in W."""
         return conv(x, self.dense(), bias)
 
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
-        """`pick(W)`, where `pick` chooses and adds up rows and is linear in W.
+        """`pick(W)`, where `pick` selects and sums rows and is linear in W.
 
         Args:
             pick: e.g. `F.embedding` for fixed indices.
-            padding: which of the picked rows are padding, whose gradient is not wanted; None for none.
+            padding: which of the picked rows are padding and get no gradient; None for none.
         """
         return pick(self.dense())
 
     def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
-        """`lookup` for a `pick` that only chooses rows, one for each index, and so takes rows of any element type."""
+        """`lookup` for a `pick` that only selects rows, one for each index, and so takes rows of any element type."""
         return self.lookup(pick, padding)
 
     @property
@@ -87,8 +87,14 @@ class Weight(ABC):
         return Transposed(self)
 
     def __getitem__(self, index: Index) -> Weight:
-        """The part of the weight that `index` names along its first dimension."""
+        """The part of the weight at an index or a slice of its first dimension."""
         return Dense(self.dense()[index])
+
+    def replace(self, **changes: Any) -> Self:
+        """The same weight with some attributes changed."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, **changes)
+        return made
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same weight with `function` applied to every tensor it holds."""
@@ -102,7 +108,7 @@ class Weight(ABC):
         return made
 
     def leaves(self) -> list[Tensor]:
-        """Every tensor that the weight and the weights in it hold."""
+        """All tensors of the weight and of the weights in it."""
         found: list[Tensor] = []
         for item in self.__dict__.values():
             if isinstance(item, Tensor):
@@ -112,21 +118,29 @@ class Weight(ABC):
         return found
 
     def detach(self) -> Self:
-        """The same weight, cut from the autograd graph."""
+        """The same weight, detached from the autograd graph."""
         return self.map(torch.Tensor.detach)
 
     def eval(self) -> Weight:
-        """The weight as it acts outside training: without dropout."""
-        return self
+        """The weight as it acts outside training: the weights in it too, and without its `dropout`, if it has one."""
+        changes: dict[str, Any] = {}
+        for name, item in self.__dict__.items():
+            if isinstance(item, Weight):
+                inner = item.eval()
+                if inner is not item:
+                    changes[name] = inner
+            elif name == "dropout" and item:
+                changes[name] = type(item)()  # 0.0, or an OutputDropout that leaves nothing out
+        return self.replace(**changes) if changes else self
 
     @property
     def needs_input(self) -> bool:
-        """Whether the weight cannot be formed because dropout acts on what it is applied to."""
+        """Whether the weight has no dense form, because a part of it acts on an operation's input."""
         return False
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient is asked for on any tensor the weight holds."""
+        """Whether any tensor or weight that it holds requires a gradient."""
         return any(getattr(item, "requires_grad", False) for item in self.__dict__.values())
 
     def __repr__(self) -> str:
@@ -135,7 +149,7 @@ class Weight(ABC):
 
 
 class Dense(Weight):
-    """A weight that is just a tensor: the frozen base's own, or one that replaces it."""
+    """A weight that is a tensor: the frozen base's, or one that replaces it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -161,7 +175,7 @@ class Dense(Weight):
 
 
 class Transposed(Weight):
-    """The transpose of a weight that has no better way to be transposed."""
+    """The transpose of a weight whose class has none of its own."""
 
     def __init__(self, weight: Weight) -> None:
         self.weight = weight
@@ -183,15 +197,16 @@ class Transposed(Weight):
         return self.weight.dense().mT
 
     @property
+    def needs_input(self) -> bool:
+        return self.weight.needs_input
+
+    @property
     def mT(self) -> Weight:
         return self.weight
 
-    def eval(self) -> Weight:
-        return Transposed(self.weight.eval())
-
 
 class OnBase(Weight):
-    """A weight made of another weight and a change to it: shape, dtype and device are the base's."""
+    """A weight made of another weight, the base, and a change to it; shape, dtype and device are the base's."""
 
     base: Weight
 
@@ -225,17 +240,14 @@ class Delta(OnBase):
 
     @property
     def mT(self) -> Weight:
-        return Delta(self.base.mT, self.delta.mT, self.scale)
-
-    def eval(self) -> Weight:
-        return Delta(self.base.eval(), self.delta, self.scale)
+        return self.replace(base=self.base.mT, delta=self.delta.mT)
 
     def __getitem__(self, index: Index) -> Weight:
-        return Delta(self.base[index], self.delta[index], self.scale)
+        return self.replace(base=self.base[index], delta=self.delta[index])
 
 
 def as_weight(value: Weight | Tensor) -> Weight:
-    """A tensor as a weight; a weight as it is."""
+    """A tensor as a `Dense` weight; a weight unchanged."""
     return value if isinstance(value, Weight) else Dense(value)
 
 

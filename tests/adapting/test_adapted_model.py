@@ -735,7 +735,7 @@ def test_the_entangled_model_follows_its_adapter() -> None:
 
 
 @dataclass(frozen=True)
-class Computed(gf.Method):
+class Computed(gf.WeightMethod):
     """`W' = W + a·bᵀ`, by a method that forms the product ahead of use."""
 
     def why_not(self, site: gf.Site) -> str | None:

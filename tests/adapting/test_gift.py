@@ -682,6 +682,7 @@ def replace_sibling(parent_module: nn.Module, name: str, global_name: str, class
         ([(is_head, lambda *where: {"wait": gf.Full()})], "gave a method for 'wait' of head, a Linear, which has weight, bias"),
         ([(is_head, lambda *where: {"bias": gf.LoRA()})], "cannot adapt 'head.bias': it needs a parameter of at least 2"),
         ([(fts.c_name_equal("norm"), fts.a_adapt(gf.LoRA()))], r"LoRA\(\) cannot adapt any parameter of norm, a BatchNorm2d"),
+        ([(is_head, lambda *where: gf.Bottleneck())], r"Bottleneck\(\) for head, a Linear, which adapts no parameter.*pattern"),
         ([(is_head, lambda *where: nn.LazyLinear(2))], "made 'head.weight', which is not initialised yet"),
         (
             [(fts.c_name_equal("conv"), fts.a_adapt(gf.LoRA(rank=1))), (is_head, replace_sibling)],

@@ -431,7 +431,7 @@ def test_the_order_of_an_adapter_is_the_models_and_not_the_rules() -> None:
 
 def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
     @dataclass(frozen=True)
-    class Shift(Method):
+    class Shift(gf.WeightMethod):
         """`W + c·1`."""
 
         size: float = 1.0

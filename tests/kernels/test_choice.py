@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.kernels import choice, shared_linear, turned_linear
+from gift_func.kernels import choice, rotated_linear, shared_linear
 from gift_func.weights import cayley, neumann, rotated, shared, skew
 
 Layer = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
-def turned(orthogonal: bool) -> tuple[Layer, Layer]:
+def rotated_layer(orthogonal: bool) -> tuple[Layer, Layer]:
     """The layer of a matrix's rotation by what stands above the diagonals of skew-symmetric blocks, and its formula."""
 
     def blocks(raw: Tensor) -> Tensor:
         return cayley(skew(raw, 4)) if orthogonal else neumann(skew(raw, 4), 5)
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, raw: Tensor) -> Tensor:
-        return turned_linear.turned_linear(x, weight, bias, blocks(raw), orthogonal)
+        return rotated_linear.rotated_linear(x, weight, bias, blocks(raw), orthogonal)
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor | None, raw: Tensor) -> Tensor:
         y: Tensor = x @ torch.block_diag(*blocks(raw)) @ weight.T
@@ -42,10 +42,10 @@ def shards(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Ten
 
 
 CASES: dict[str, tuple[Layer, Layer, tuple[int, int], tuple[int, ...]]] = {  # layer, formula, W, what is learned
-    "turned, few rows": (*turned(False), (5, 8), (2, 6)),
-    "turned, many rows": (*turned(False), (9, 8), (2, 6)),
-    "turned exactly, few rows": (*turned(True), (5, 8), (2, 6)),
-    "turned exactly, many rows": (*turned(True), (9, 8), (2, 6)),
+    "rotated, few rows": (*rotated_layer(False), (5, 8), (2, 6)),
+    "rotated, many rows": (*rotated_layer(False), (9, 8), (2, 6)),
+    "rotated exactly, few rows": (*rotated_layer(True), (5, 8), (2, 6)),
+    "rotated exactly, many rows": (*rotated_layer(True), (9, 8), (2, 6)),
     "shared": (shared_linear.shared_linear, shards, (6, 8), (4, 6)),
     "shared, with a rest": (shared_linear.shared_linear, shards, (6, 8), (3, 6)),
     "shared, mini": (shared_linear.shared_linear, shards, (6, 8), (3, 2)),
@@ -64,7 +64,7 @@ def make(name: str, lead: tuple[int, ...] = (), dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("piece", [1, 2**16])
 def test_formula(name: str, with_bias: bool, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turned_linear, "PIECE", piece)
+    monkeypatch.setattr(rotated_linear, "CHUNK", piece)
     layer, formula, (x, weight, bias, own) = make(name)
     learned = [x, own, bias] if with_bias else [x, own]
     for tensor in learned:
@@ -121,7 +121,7 @@ def test_transforms(name: str) -> None:
 
 
 def test_one_block_for_all() -> None:
-    layer, formula, (x, weight, bias, own) = make("turned, few rows")
+    layer, formula, (x, weight, bias, own) = make("rotated, few rows")
     raw = own[:1].requires_grad_()
     found, wanted = layer(x, weight, bias, raw), formula(x, weight, bias, raw.expand(2, -1))
     torch.testing.assert_close(found, wanted)
@@ -143,8 +143,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(rotated, "MANY", 12)
-    monkeypatch.setattr(rotated, "turned_linear", spied("turned", turned_linear.turned_linear))
+    monkeypatch.setattr(rotated, "MIN_TOKENS_ROTATED", 12)
+    monkeypatch.setattr(rotated, "rotated_linear", spied("rotated", rotated_linear.rotated_linear))
     monkeypatch.setattr(shared, "shared_linear", spied("shared", shared_linear.shared_linear))
     return seen
 
@@ -187,18 +187,18 @@ def test_stacked_networks_equal_separate_ones(method: gf.Method, taken: list[str
 
 def test_when_it_is_refused() -> None:
     x, weight, bias, own = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6), torch.randn(2, 6)
-    assert choice.fuses(x, weight, bias, own)
-    assert choice.fuses(x, weight, None, nn.Parameter(own))
-    assert not choice.fuses(x[0], weight, bias, own)
-    assert not choice.fuses(x, weight.expand(2, -1, -1), bias, own)
-    assert not choice.fuses(x, weight.clone().requires_grad_(), bias, own)
-    assert not choice.fuses(x, weight, bias, own.double())
-    assert not choice.fuses(*(t.bfloat16() for t in (x, weight, bias, own)))
-    assert not torch.vmap(lambda own: own.sum() * choice.fuses(x, weight, bias, own))(own.expand(3, 2, 6)).any()
+    assert choice.can_fuse(x, weight, bias, own)
+    assert choice.can_fuse(x, weight, None, nn.Parameter(own))
+    assert not choice.can_fuse(x[0], weight, bias, own)
+    assert not choice.can_fuse(x, weight.expand(2, -1, -1), bias, own)
+    assert not choice.can_fuse(x, weight.clone().requires_grad_(), bias, own)
+    assert not choice.can_fuse(x, weight, bias, own.double())
+    assert not choice.can_fuse(*(t.bfloat16() for t in (x, weight, bias, own)))
+    assert not torch.vmap(lambda own: own.sum() * choice.can_fuse(x, weight, bias, own))(own.expand(3, 2, 6)).any()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not choice.fuses(x, weight, bias, own)
+        assert not choice.can_fuse(x, weight, bias, own)
     with torch.no_grad():
-        assert not choice.fuses(x, weight, bias, own)
+        assert not choice.can_fuse(x, weight, bias, own)
 
 
 def test_of_shared_shards_only_the_sums_are_kept() -> None:

@@ -16,9 +16,9 @@ SCALE = 0.7
 
 @pytest.fixture(autouse=True, params=[1, 3])
 def _few_are_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "MANY", 1)
-    monkeypatch.setattr(fused_linear, "MANY_PIECES", 1)
-    monkeypatch.setattr(fused_linear, "PIECES", request.param)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS", 1)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS_IN_CHUNKS", 1)
+    monkeypatch.setattr(fused_linear, "CHUNKS", request.param)
 
 
 def arguments(bias: bool = True) -> list[Tensor]:
@@ -106,7 +106,7 @@ def test_where_it_steps_aside() -> None:
 def test_under_transforms_the_tokens_of_the_whole_batch_count(
     threshold: int, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_linear, "MANY_TRANSFORMED", threshold)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS_TRANSFORMED", threshold)
     x, weight, bias, left, right = arguments()
     seen = []
 

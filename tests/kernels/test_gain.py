@@ -9,14 +9,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gift_func.kernels import fused_linear, gain
-from gift_func.kernels.gain import gained
+from gift_func.kernels.gain import apply_gain
 from gift_func.weights import LowRank, Magnitude
 
 
 @pytest.fixture(autouse=True)
 def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gain, "MANY", 1)
-    monkeypatch.setattr(fused_linear, "MANY", 1)
+    monkeypatch.setattr(gain, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS", 1)
 
 
 def arguments(stacked: bool = False, with_bias: bool = True) -> list[Tensor]:
@@ -27,7 +27,7 @@ def arguments(stacked: bool = False, with_bias: bool = True) -> list[Tensor]:
 
 
 def run(v: Tensor, g: Tensor, b: Tensor | None = None) -> Tensor:
-    return gained(v, g, b)
+    return apply_gain(v, g, b)
 
 
 def formula(v: Tensor, g: Tensor, b: Tensor | None = None) -> Tensor:

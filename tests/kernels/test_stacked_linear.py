@@ -21,8 +21,8 @@ Layer = Callable[..., Tensor]
 
 @pytest.fixture(autouse=True)
 def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "MANY", 1)
-    monkeypatch.setattr(fused_linear, "MANY_TRANSFORMED", 0)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS", 1)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS_TRANSFORMED", 0)
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def test_nothing_is_written_to_the_arguments() -> None:
 
 
 def test_few_tokens_take_the_separate_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "MANY_TRANSFORMED", 7)
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS_TRANSFORMED", 7)
     taken = []
 
     def layer(*args: Tensor) -> Tensor:
@@ -224,5 +224,5 @@ def test_few_tokens_take_the_separate_operations(monkeypatch: pytest.MonkeyPatch
 
 def test_a_batch_of_frozen_weights_is_left_to_torch() -> None:
     given = arguments("xwblr")
-    found = stacked_linear.over(formula, (0, 0, 0, 0, 0), tuple(given))
+    found = stacked_linear.vmap_over(formula, (0, 0, 0, 0, 0), tuple(given))
     close(found, torch.stack([formula(*(t[i] for t in given)) for i in range(2)]))

@@ -113,7 +113,7 @@ def test_laws(method: gf.BOFT, tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(gf.AdaptError, match="n_butterfly_factor to be at least 1, got n_butterfly_factor=0"):
+    with pytest.raises(gf.AdaptError, match="whole n_butterfly_factor of at least 1, got n_butterfly_factor=0"):
         gf.BOFT(n_butterfly_factor=0)
     with pytest.raises(gf.AdaptError, match="need an even size, got 3"):
         gf.BOFT(3, n_butterfly_factor=2)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +147,38 @@ def test_what_it_cannot_do_it_says() -> None:
     with pytest.raises(gf.AdaptError, match="got nonlinearity='step'"):
         gf.Bottleneck(nonlinearity="step")  # type: ignore[arg-type]
     assert "blocks.0" in str(gf.Strategy(BLOCKS.items()).explain(model))
+
+
+def test_eva_leaves_added_modules_as_they_are() -> None:
+    model, x = network()
+    adapted = gf.eva(model, {**BLOCKS, "head": gf.LoRA(rank=1)}, [x])
+    wanted = gf.adapt(model, {**BLOCKS, "head": gf.LoRA(rank=1)})
+    assert list(adapted.adapter) == list(wanted.adapter)
+
+
+class Shifted(gf.AddedModule):
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.full((), start))
+
+    def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output + self.shift
+
+
+@dataclass(frozen=True)
+class Shift(gf.ModuleMethod):
+    """`h' = h + c`, by a module of a user's own."""
+
+    start: float = 0.0
+    start_pattern: Mapping[str, float] = field(default_factory=dict)
+    attribute = "shifted"
+
+    def module(self, host: nn.Module) -> gf.AddedModule:
+        return Shifted(self.start)
+
+
+def test_a_module_method_of_a_users_own() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=torch.float64)
+    adapted = gf.adapt(model, {"*": Shift(0.5, {"1": 2.0})})
+    assert {name: p.item() for name, p in adapted.adapter.items()} == {"0.shifted.shift": 0.5, "1.shifted.shift": 2.0}
+    torch.testing.assert_close(adapted(x), model[1](model[0](x) + 0.5) + 2.0)

@@ -24,7 +24,7 @@ from helpers.oracles import (
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.methods.lokr import split
+from gift_func.methods.lokr import two_divisors
 
 OPTIONS: list[dict[str, Any]] = [
     {"rank": 1},
@@ -107,7 +107,7 @@ def test_splits_as_peft() -> None:
 
     for size in range(1, 200):
         for limit in (-1, 1, 2, 4, 9, 16):
-            assert split(size, limit) == factorization(size, limit), (size, limit)
+            assert two_divisors(size, limit) == factorization(size, limit), (size, limit)
 
 
 @pytest.mark.parametrize("both", [False, True])

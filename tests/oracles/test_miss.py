@@ -106,7 +106,7 @@ def test_refusals() -> None:
         gf.MiSS(0)
     with pytest.raises(gf.AdaptError, match="mode is one of default, mini, bat, got mode='bone'"):
         gf.MiSS(mode="bone")  # type: ignore[arg-type]
-    with pytest.raises(gf.AdaptError, match="mini_rank is at least 1"):
+    with pytest.raises(gf.AdaptError, match="MiSS needs a whole mini_rank of at least 1, got mini_rank=0"):
         gf.MiSS(mini_rank=0)
     with pytest.raises(gf.AdaptError, match=r"dropout is a probability in \[0, 1\), got dropout=1.0"):
         gf.MiSS(dropout=1.0)

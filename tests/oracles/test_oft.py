@@ -162,7 +162,7 @@ def test_dropout_leaves_blocks_out_in_training_only() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(gf.AdaptError, match="at least 1 feature and at least 1 of them, got block_size=0"):
+    with pytest.raises(gf.AdaptError, match="OFT needs a whole block_size of at least 1, got block_size=0"):
         gf.OFT(0)
     with pytest.raises(gf.AdaptError, match="side is one of input, output"):
         gf.OFT(side="left")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from gift_func.testing import HOSTS, refuses
 from gift_func.testing.laws import Case
 
 # Two methods that differ in rank alone, and so in scale.
-PAIRS: dict[str, tuple[gf.Method, gf.Method]] = {
+PAIRS: dict[str, tuple[gf.WeightMethod, gf.WeightMethod]] = {
     "LoRA": (gf.LoRA(2, alpha=3.0), gf.LoRA(5, alpha=7.0)),
     "LoRA rslora balanced": (
         gf.LoRA(2, alpha=3.0, rslora=True, conv="balanced"),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import gift_func as gf
 from gift_func.weights import Delta, Dense, LowRank, OnBase, Slot, Spectral, Transposed, Weight, as_weight, rule, weight_of
-from gift_func.weights.slot import RULES
+from gift_func.weights.slot import SLOT_RULES
 
 F64 = torch.float64
 
@@ -508,10 +508,10 @@ def test_a_users_own_weight_needs_dense_only(name: str) -> None:
 
 @pytest.fixture
 def clean_rules() -> Iterator[None]:
-    before = dict(RULES)
+    before = dict(SLOT_RULES)
     yield
-    RULES.clear()
-    RULES.update(before)
+    SLOT_RULES.clear()
+    SLOT_RULES.update(before)
 
 
 @pytest.mark.usefixtures("clean_rules")

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
-from ...methods import DoRA, LoHa, LoKr, LoRA, Method
+from ...methods import DoRA, LoHa, LoKr, LoRA, WeightMethod
 from ...select import Site
-from ...weights.rotated import Side
+from ...weights.value import Side
 from .methods import Decomposed, GivenLoKr
 from .module_tensors import ModuleTensors, Tensors
 
 LORA_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 
 
-def read_lora(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def read_lora(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     """`up·down`; a Tucker core between them is multiplied into `down`, which gives the same change."""
     down, up = source.matrix("lora_down.weight"), source.matrix("lora_up.weight")
     rank = down.shape[0]
@@ -35,7 +35,7 @@ def read_lora(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return decomposed(source, site, LoRA(rank, alpha=alpha), tensors)
 
 
-def write_lora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_lora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The factors as they are, and alpha = s·rank, which every reader divides by the rank."""
     assert isinstance(method, LoRA)
     if method.init.startswith(("pissa", "olora")):
@@ -45,13 +45,13 @@ def write_lora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return {name: tensors[local] for local, name in LORA_NAMES.items()} | alpha_of(method.scale, method.rank, tensors)
 
 
-def write_dora(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_dora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """LoRA's tensors, and a magnitude for each output."""
     magnitude = tensors["lora_magnitude_vector"].reshape(-1, *[1] * (site.parameter.ndim - 1))
     return write_lora(method, tensors, site, base) | {"dora_scale": magnitude}
 
 
-def read_loha(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def read_loha(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     """Four factors, or six with Tucker cores."""
     names = [f"hada_w{i}_{part}" for i in (1, 2) for part in ("a", "b")]
     names += [name for name in ("hada_t1", "hada_t2") if "hada_t1" in source.remaining or "hada_t2" in source.remaining]
@@ -61,14 +61,14 @@ def read_loha(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return decomposed(source, site, method, tensors)
 
 
-def write_loha(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_loha(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The tensors by their own names, which are LyCORIS's."""
     assert isinstance(method, LoHa)
     named = {name: core_of(tensor, site) if "_t" in name else tensor for name, tensor in tensors.items()}
     return named | alpha_of(method.scale, method.rank, tensors)
 
 
-def read_lokr(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def read_lokr(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     """C and D, each as a whole or as factors; if both are whole, there is no scale, and alpha is not used."""
     c = ["lokr_w1"] if "lokr_w1" in source.remaining else ["lokr_w1_a", "lokr_w1_b"]
     d = ["lokr_w2"] if "lokr_w2" in source.remaining else ["lokr_w2_a", "lokr_w2_b"]
@@ -88,7 +88,7 @@ def read_lokr(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return decomposed(source, site, method or GivenLoKr(rank, **options, first=first, full=whole_d), tensors)
 
 
-def write_lokr(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_lokr(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The tensors by their own names, which are LyCORIS's; beside two whole factors, a scale is multiplied into the first."""
     assert isinstance(method, LoKr)
     named = {name: core_of(tensor, site) if name == "lokr_t2" else tensor for name, tensor in tensors.items()}
@@ -99,7 +99,7 @@ def write_lokr(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return named | alpha_of(scale, method.rank, tensors)
 
 
-def write_decomposed(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_decomposed(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     """The tensors of the method that is decomposed, and the magnitudes."""
     assert isinstance(method, Decomposed)
     of = method.of
@@ -108,7 +108,7 @@ def write_decomposed(method: Method, tensors: Tensors, site: Site, base: Tensor)
     return writers[type(of)](of, own, site, base) | {"dora_scale": tensors["dora_scale"]}
 
 
-def decomposed(source: ModuleTensors, site: Site, method: Method, tensors: Tensors) -> tuple[Method, Tensors]:
+def decomposed(source: ModuleTensors, site: Site, method: WeightMethod, tensors: Tensors) -> tuple[WeightMethod, Tensors]:
     """The method, or its `Decomposed` if the file has magnitudes."""
     if "dora_scale" not in source.remaining:
         return method, tensors
@@ -132,7 +132,7 @@ def side_of(source: ModuleTensors, site: Site) -> Side:
     )
 
 
-def fits_site(method: Method, site: Site, tensors: Tensors) -> bool:
+def fits_site(method: WeightMethod, site: Site, tensors: Tensors) -> bool:
     """Whether the method's tensors at the site have these names and, axes of size 1 apart, these shapes."""
     if method.why_not(site) is not None:
         return False

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import AdaptError, FileError, nearest
-from ...methods import IA3, OFT, BitFit, Diff, DoRA, Full, LoHa, LoKr, LoRA, Method, NormTuning
+from ...methods import IA3, OFT, BitFit, Diff, DoRA, Full, LoHa, LoKr, LoRA, NormTuning, WeightMethod
 from ...methods.norm_tuning import is_norm
 from ...select import Site
-from ...weights.rotated import Side
+from ...weights.value import Side
 from . import factors
 from .methods import Decomposed, GivenLoKr, WeightIA3
 from .module_tensors import ChangeFormat, ModuleTensors, ReadChange, Tensors, WriteChange
@@ -29,7 +29,7 @@ REFUSED = {
 }
 
 
-def _read_oft(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def _read_oft(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     blocks = source.matrix("oft_blocks")
     if blocks.ndim == 4:
         raise FileError(f"{source.name}.oft_blocks holds a BOFT of outputs, and gf.BOFT turns inputs. {MERGE}")
@@ -41,7 +41,7 @@ def _read_oft(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
     return method.replace(coft=True, eps=bound) if bound > 0 else method, {"oft_blocks": blocks, **rescale}
 
 
-def _write_oft(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def _write_oft(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     assert isinstance(method, OFT)
     if method.side != "output":
         raise AdaptError(f"{site.name!r} has its inputs turned, and LyCORIS's diag-OFT turns outputs: use OFT(side='output')")
@@ -52,14 +52,14 @@ def _write_oft(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return {**tensors, "oft_blocks": blocks, "alpha": torch.tensor(bound)}
 
 
-def _read_ia3(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+def _read_ia3(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
     side: Side = "input" if source.scalar("on_input", 0.0) else "output"
     change = source.take("weight")
     wide = torch.promote_types(change.dtype, site.parameter.dtype)
     return WeightIA3(side=side), {"ia3_l": change.to(wide) + 1}
 
 
-def _write_ia3(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def _write_ia3(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     assert isinstance(method, IA3)
     scales_bias = type(method) is IA3 and method.side == "output" and getattr(site.module, "bias", None) is not None
     if scales_bias:
@@ -71,7 +71,7 @@ def _write_ia3(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Te
     return {"weight": change if change.ndim > 2 else change.flatten(), "on_input": torch.tensor(int(method.side == "input"))}
 
 
-def change_of(method: Method, tensors: Tensors, base: Tensor) -> Tensor:
+def change_of(method: WeightMethod, tensors: Tensors, base: Tensor) -> Tensor:
     """The difference between a trained or changed parameter and the base's."""
     if isinstance(method, Diff):
         return tensors["diff"] if method.scale == 1 else tensors["diff"] * method.scale
@@ -79,13 +79,13 @@ def change_of(method: Method, tensors: Tensors, base: Tensor) -> Tensor:
 
 
 def _read_change(name: str) -> ReadChange:
-    def read(source: ModuleTensors, site: Site) -> tuple[Method, Tensors]:
+    def read(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
         return Diff(), {"diff": source.take(name)}
 
     return read
 
 
-def _write_change(method: Method, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def _write_change(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     return {"w_norm" if is_norm(site.module) else "diff": change_of(method, tensors, base)}
 
 
@@ -105,7 +105,7 @@ KOHYA_FORMATS = [
 ]
 BIASES = ("diff_b", "b_norm")
 
-WRITERS: dict[type[Method], tuple[str, WriteChange]] = {
+WRITERS: dict[type[WeightMethod], tuple[str, WriteChange]] = {
     LoRA: ("lora", factors.write_lora),
     DoRA: ("lora", factors.write_dora),
     LoHa: ("loha", factors.write_loha),

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError
-from ...methods import IA3, LoHa, LoKr, LoRA, Method
-from ...methods.settings import check_choice
+from ...methods import IA3, LoHa, LoKr, LoRA, WeightMethod
 from ...select import Site
 from ...weights import Dense, OnBase, Weight
-from ...weights.rotated import Side
+from ...weights.value import Side
 
 
 class WeightNormed(OnBase):
@@ -49,7 +48,7 @@ class WeightNormed(OnBase):
 
 
 @dataclass(frozen=True)
-class Decomposed(Method):
+class Decomposed(WeightMethod):
     """`W' = m ⊙ V/‖V‖` for the V that another method makes of W: what DoRA is to LoRA, for LoHa and LoKr as well.
 
     m starts at ‖V‖, and the gradient flows through the norm, as in LyCORIS (`dora_wd`), which adds a machine epsilon to
@@ -76,15 +75,14 @@ class Decomposed(Method):
         LyCORIS, 2023 (arXiv:2309.14859).
     """
 
-    of: Method
+    of: WeightMethod
     _: KW_ONLY
     side: Side = "output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.of, Mapping):
-            object.__setattr__(self, "of", Method.from_dict(self.of))
-        check_choice("side", self.side, ("output", "input"))
+            object.__setattr__(self, "of", WeightMethod.from_dict(self.of))
         of = self.of
         if not isinstance(of, (LoRA, LoHa, LoKr)) or type(of) not in (LoRA, LoHa, LoKr, GivenLoKr):
             raise AdaptError(f"Decomposed is of a LoRA, LoHa or LoKr, got of={of}")
@@ -141,7 +139,7 @@ class WeightIA3(IA3):
         ['ia3_l']
     """
 
-    def companions(self, site: Site) -> dict[str, Method]:
+    def companions(self, site: Site) -> dict[str, WeightMethod]:
         return {}
 
 

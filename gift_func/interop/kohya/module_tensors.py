@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, nearest
-from ...methods import Method
+from ...methods import WeightMethod
 from ...select import Site
 
 Tensors = dict[str, Tensor]
@@ -67,10 +67,10 @@ class ModuleTensors:
         return None if alpha in (0.0, rank) else alpha
 
 
-ReadChange = Callable[[ModuleTensors, Site], tuple[Method, Tensors]]
+ReadChange = Callable[[ModuleTensors, Site], tuple[WeightMethod, Tensors]]
 """Reads the change of a weight: returns the method that it stands for, and the method's tensors."""
 
-WriteChange = Callable[[Method, Tensors, Site, Tensor], Tensors]
+WriteChange = Callable[[WeightMethod, Tensors, Site, Tensor], Tensors]
 """Returns a method's tensors by their names in a file; the last argument is the base's weight."""
 
 

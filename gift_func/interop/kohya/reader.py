@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import FileError
 from ...initialise import Shapes
-from ...methods import Diff, LoHa, LoKr, LoRA, Method
+from ...methods import Diff, LoHa, LoKr, LoRA, WeightMethod
 from ...network.frozen_base import FrozenBase
 from ...select import Site
 from ...strategy import Placement
@@ -29,7 +29,7 @@ class KohyaReader:
     def __init__(self, base: FrozenBase) -> None:
         self.groups = {site.name: group for group in base.sites() for site in group}
         self.state: Tensors = {}
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, WeightMethod] = {}
 
     def read(self, source: ModuleTensors, module_name: str) -> None:
         """Read all tensors of one module.
@@ -70,7 +70,7 @@ class KohyaReader:
             )
         return site
 
-    def place(self, site: Site, method: Method, tensors: Tensors, source: ModuleTensors) -> None:
+    def place(self, site: Site, method: WeightMethod, tensors: Tensors, source: ModuleTensors) -> None:
         """Set the method of a parameter and its tensors.
 
         Raises:
@@ -96,7 +96,7 @@ class KohyaReader:
         self.methods[name] = method
 
 
-def with_widest_dtype(method: Method, dtype: torch.dtype, tensors: Tensors) -> Method:
+def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: Tensors) -> WeightMethod:
     """The method with the widest of the tensors' dtypes, if it has a field for it and the parameter's dtype is another."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     if isinstance(method, Decomposed):

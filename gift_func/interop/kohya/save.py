@@ -16,7 +16,7 @@ from ... import safetensors_io
 from ...adapted_model import AdaptedModel
 from ...adapter import AdaptedParameter
 from ...errors import AdaptError
-from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, Method
+from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, WeightMethod
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
 from ...select import Site
@@ -130,7 +130,7 @@ def _site_of(part: AdaptedParameter, groups: Mapping[str, list[Site]]) -> Site:
     return group[0]
 
 
-def _writer(method: Method, site: Site) -> Any:
+def _writer(method: WeightMethod, site: Site) -> Any:
     if type(method) not in WRITERS:
         if isinstance(method, ScaledBias):
             raise AdaptError(

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ...errors import AdaptError, FileError
-from ...methods import Diff, Full, LoRA, Method, TrainableTokens
+from ...methods import Diff, Full, LoRA, TrainableTokens, WeightMethod
 from ...methods.ia3 import ScaledBias
 from ...methods.matrix import HF_CONV1D
 from ...methods.method import is_a
-from ...methods.settings import first_match
+from ...methods.options import first_match
 from ...select import Site
 from . import config as configs
 from .config import Config
@@ -44,9 +44,9 @@ class FileFormat:
         unsupported: keys that change what the tensors do, and that are not supported.
     """
 
-    method: type[Method]
+    method: type[WeightMethod]
     keys: Config
-    from_config: Callable[[Config], Method]
+    from_config: Callable[[Config], WeightMethod]
     to_config: Callable[[Any], Config]
     suffixes: Mapping[str, str] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class FileFormat:
         hosted = isinstance(module, known) or ("Conv1D" in self.hosts and is_a(module, HF_CONV1D))
         return hosted and module._parameters.get("weight") is not None
 
-    def file_tensors(self, path: str, site: Site, method: Method) -> list[FileTensor]:
+    def file_tensors(self, path: str, site: Site, method: WeightMethod) -> list[FileTensor]:
         """The tensors of a module's weight: their keys in the file and their names here."""
         bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
         try:
@@ -177,7 +177,7 @@ class FileFormat:
         """Write what the format has in addition."""
 
 
-def peft_type_of(methods: Sequence[Method], kinds: Mapping[str, FileFormat]) -> str:
+def peft_type_of(methods: Sequence[WeightMethod], kinds: Mapping[str, FileFormat]) -> str:
     """The `peft_type` of an adapter with these methods.
 
     Raises:

@@ -16,7 +16,7 @@ from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
 from ...methods.lora_init import RESIDUAL
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
-from ...methods.settings import first_match
+from ...methods.options import first_match
 from ...select import Site
 from . import config as configs
 from .config import Config

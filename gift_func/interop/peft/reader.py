@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, nearest
-from ...methods import Full, Method
+from ...methods import Full, WeightMethod
 from ...network.frozen_base import FrozenBase
 from ...network.module_tree import join
 from ...select import Site
@@ -32,7 +32,7 @@ class PeftReader:
         self.groups = {site.name: group for group in base.sites() for site in group}
         self.remaining = dict(tensors)
         self.state: dict[str, Tensor] = {}
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, WeightMethod] = {}
 
     def site(self, module_name: str, param_name: str) -> Site:
         """The site of a module's parameter."""
@@ -49,7 +49,7 @@ class PeftReader:
             raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.remaining)}")
         return self.remaining.pop(key)
 
-    def place(self, site: Site, method: Method, file_tensors: Sequence[FileTensor], tied: bool = False) -> None:
+    def place(self, site: Site, method: WeightMethod, file_tensors: Sequence[FileTensor], tied: bool = False) -> None:
         """Set the method of a parameter and its tensors.
 
         Args:
@@ -95,7 +95,7 @@ class PeftReader:
             if found.shape != first.shape or not torch.equal(found, first):
                 raise FileError(f"{file_tensor.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
 
-    def draw(self, site: Site, method: Method, names: Collection[str]) -> None:
+    def draw(self, site: Site, method: WeightMethod, names: Collection[str]) -> None:
         """Draw the tensors that follow from the method and the base alone, and so are in no file.
 
         Args:
@@ -187,16 +187,16 @@ class PeftReader:
             raise FileError("the config targets nothing in this model; was it made for another one?")
 
 
-def redrawn(site: Site, method: Method) -> dict[str, Tensor]:
+def redrawn(site: Site, method: WeightMethod) -> dict[str, Tensor]:
     """A method's initial tensors, the same every time."""
     with torch.no_grad():
         return method.for_site(site).init_tensors(site, torch.Generator(site.parameter.device).manual_seed(0))
 
 
-def with_dtype(method: Method, dtype: torch.dtype, tensors: dict[str, Tensor]) -> Method:
+def with_dtype(method: WeightMethod, dtype: torch.dtype, tensors: dict[str, Tensor]) -> WeightMethod:
     """The method with the file's dtype, if it has a field for it and the parameter's dtype is another."""
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    holds = any(field.name == "dtype" for field in fields(method))  # type: ignore[arg-type]
+    holds = any(field.name == "dtype" for field in fields(method))
     if not holds or len(found) != 1 or found == {dtype}:
         return method
     changes: dict[str, Any] = {"dtype": found.pop()}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError, FileError
-from ...initialise import common_name
-from ...methods import AdaLoRA, Method, NormTuning, TrainableTokens, VeRA
+from ...initialise import shared_name
+from ...methods import AdaLoRA, NormTuning, TrainableTokens, VeRA, WeightMethod
 from ...methods.layout import layout_of, matrix_of
 from ...select import Site
 from . import config as configs
@@ -120,7 +120,7 @@ class VeRAFormat(FileFormat):
             rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
             for name, tensor in shared.items():
                 own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]
-                reader.state[common_name(name, index)] = tensor if len(rules) == 1 else own
+                reader.state[shared_name(name, index)] = tensor if len(rules) == 1 else own
 
     def write_extras(self, writer: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
         for local in PROJECTIONS:
@@ -146,7 +146,7 @@ class HiRAFormat(FileFormat):
         found = reader.remaining.get(f"{path}.hira_A", reader.remaining.get(f"{path}.hira_embedding_A"))
         super().place(reader, config if found is None else {**config, "r": found.shape[0]}, path, name)
 
-    def file_tensors(self, path: str, site: Site, method: Method) -> list[FileTensor]:
+    def file_tensors(self, path: str, site: Site, method: WeightMethod) -> list[FileTensor]:
         if not isinstance(site.module, nn.Embedding):
             return super().file_tensors(path, site, method)
         return [

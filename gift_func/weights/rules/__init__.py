@@ -1,4 +1,4 @@
-"""What each torch function does with a structured weight: one family of functions a file."""
+"""Slot rules: what each torch function does with structured weights, one family of functions in each file."""
 
 from . import attention as attention
 from . import convolution as convolution

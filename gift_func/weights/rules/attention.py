@@ -1,8 +1,8 @@
 """`F.multi_head_attention_forward`, which reads its weights without calling a linear layer.
 
-Torch's own function cannot be lent slots: it looks for overrides first and would come back here, and
-Dynamo does not dispatch a second time inside of a rule. So the function is restated around weights
-that project by themselves. Shapes: L target and S source length, N batch, H heads, E embedding.
+Torch's own function cannot be called with slots: it checks for overrides first and would come back here,
+and Dynamo does not dispatch a second time inside a rule. So it is written again with weights that
+do their own projections. Shapes: L target and S source length, N batch, H heads, E embedding.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _weight(tensor: Tensor) -> Weight:
 
 
 def _projections(packed: Any) -> list[Weight]:
-    """The query's, key's and value's projections, out of one packed weight or three."""
+    """The query's, key's and value's projections, from one packed weight or three."""
     if isinstance(packed, tuple):
         return [_weight(weight) for weight in packed]
     weight = _weight(packed)
@@ -130,12 +130,12 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as something to add: minus infinity where a boolean one is true."""
+    """A mask to be added to scores: minus infinity where a boolean one is true."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 def _one_more(mask: Tensor | None) -> Tensor | None:
-    """The mask for one more source position, which is not masked."""
+    """The mask extended by one source position, which is not masked."""
     return None if mask is None else F.pad(mask, (0, 1))

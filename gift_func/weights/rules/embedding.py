@@ -1,4 +1,4 @@
-"""Looking rows up, one at a time or in bags."""
+"""`F.embedding` and `F.embedding_bag`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    # Renormalising, counting and sparse gradients are all about whole rows of the weight.
+    # Renormalising, scaling by frequency and sparse gradients need the dense weight.
     if not isinstance(weight, Slot) or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
@@ -48,13 +48,13 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    # A bag's maximum is not linear in the weight; padding is left out of the bag by torch itself.
+    # A bag's maximum is not linear in the weight. Torch itself leaves padding out of a bag.
     if not isinstance(weight, Slot) or mode == "max" or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
 
     own = weight.weight
     if type(own).choose is not Weight.choose and padding_idx is None and input.numel() < weight.shape[0]:
-        # A weight whose rows are not linear in what it holds: its rows one by one, and these in bags.
+        # A weight whose rows are not linear in its tensors: look rows up one by one, and put these in bags.
         chosen, flat = torch.arange(input.numel(), device=input.device), input.reshape(-1)
         table, index = own.choose(lambda rows: F.embedding(flat, rows), None), chosen.view(input.shape)
     else:

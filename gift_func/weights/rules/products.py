@@ -1,4 +1,4 @@
-"""Linear layers and matrix products, the weight on either side."""
+"""Linear layers and matrix products, with the weight on either side."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
 
 
 def _act(weight: Weight, x: Tensor) -> Tensor:
-    """`x @ W.mT`; a vector meets every matrix of a stack."""
+    """`x @ W.mT`; a vector is multiplied by every matrix of a stack."""
     if x.ndim == 1 and weight.ndim > 2:
         return weight.linear(x.unsqueeze(0)).squeeze(-2)
     return weight.linear(x)

@@ -1,4 +1,4 @@
-"""A weight seen through a transpose, a part of it, or a cut from the graph: still a weight."""
+"""Transposes, parts and detached views of a weight, which are weights again."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def getitem(input: Tensor, index: Any) -> Any:
 
 @rule(Tensor.detach, torch.detach, getter("data"))
 def detach(input: Slot) -> Any:
-    # A detached copy would take writes and forget them; a detached slot refuses them.
+    # Writes to a detached copy would be lost; a detached slot raises an error for them.
     return Slot.of(input.weight.detach())

@@ -8,14 +8,14 @@ import inspect
 import pickle
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.methods.settings import FrozenMap
+from gift_func.methods.options import FrozenMap
 from gift_func.weights import Dense, Weight
 
 METHODS: list[tuple[type[Any], dict[str, Any]]] = [
@@ -110,7 +110,7 @@ def test_a_method_of_a_users_own() -> None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Slotted(gf.Method):
+class Slotted(gf.WeightMethod):
     """A user's method whose fields are slots, with a pattern."""
 
     size: int = 1
@@ -129,3 +129,46 @@ def test_a_method_with_slots_obeys_its_patterns() -> None:
     assert {name: len(tensor) for name, tensor in adapted.adapter.items()} == {"0.shift": 2, "1.shift": 5}
     x = torch.randn(4, 2)
     assert torch.equal(adapted(x), model(x))
+
+
+@dataclass(frozen=True)
+class Checked(gf.Full):
+    """A user's method whose options are checked by how they are named and annotated."""
+
+    mode: Literal["fast", 8] = "fast"
+    inner_dropout: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "slow"}, "mode is one of fast, 8, got mode='slow'"),
+        ({"inner_dropout": -0.1}, r"inner_dropout is a probability in \[0, 1\), got inner_dropout=-0.1"),
+    ],
+)
+def test_options_of_a_users_own_are_checked(options: dict[str, Any], said: str) -> None:
+    assert Checked(mode=8, inner_dropout=0.5).mode == 8
+    with pytest.raises(gf.AdaptError, match=said):
+        Checked(**options)
+
+
+def test_annotations_that_cannot_be_evaluated_check_nothing() -> None:
+    Mode = Literal["fast"]  # known to this function only
+
+    @dataclass(frozen=True)
+    class Local(gf.Full):
+        mode: Mode = "fast"
+
+    mode: Any = "slow"
+    assert Local(mode).mode == mode
+
+
+def test_a_method_is_of_one_of_two_kinds() -> None:
+    with pytest.raises(TypeError, match=r"Neither subclasses gf.Method itself: subclass gf.WeightMethod, .* gf.ModuleMethod"):
+
+        class Neither(gf.Method):
+            def why_not(self, site: gf.Site) -> str | None:
+                return None
+
+    with pytest.raises(TypeError, match="abstract"):
+        gf.Method()  # type: ignore[abstract]
