@@ -431,7 +431,7 @@ def test_the_order_of_an_adapter_is_the_models_and_not_the_rules() -> None:
 
 def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
     @dataclass(frozen=True)
-    class Shift(gf.WeightMethod):
+    class ShiftOfAll(gf.WeightMethod):
         """`W + c·1`."""
 
         size: float = 1.0
@@ -443,7 +443,7 @@ def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
             return Delta(base, tensors["shift"].expand(base.shape), self.size)
 
     model = BY_NAME["cnn"].model().eval()
-    adapted = gf.adapt(model, {"*.weight": Shift(2.0)}).eval()
+    adapted = gf.adapt(model, {"*.weight": ShiftOfAll(2.0)}).eval()
     (x,), _ = BY_NAME["cnn"].call()
     assert torch.equal(adapted(x), model(x))
     with torch.no_grad():
@@ -451,8 +451,8 @@ def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
             parameter.fill_(0.1)
     assert torch.allclose(adapted(x), adapted.merge()(x), atol=1e-12)
     assert torch.allclose(adapted.merge().get_parameter("head.weight"), model.get_parameter("head.weight") + 0.2)
-    assert Method.from_dict(Shift(2.0).to_dict()) == Shift(2.0)
-    assert "Shift(size=2.0)" in repr(adapted)
+    assert Method.from_dict(ShiftOfAll(2.0).to_dict()) == ShiftOfAll(2.0)
+    assert "ShiftOfAll(size=2.0)" in repr(adapted)
     assert "norm.shift" in adapted.adapter
 
 
