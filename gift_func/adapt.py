@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapted_model import AdaptedModel, filled
+from .adapter import AdaptedParameter, AdaptedParameters, Adapter
 from .gift_protocol import Rules, caps_of, is_protocol, operate
 from .initialise import Initial, Shapes, parts_of
-from .methods import Full, Method, ModuleMethod
-from .network.frozen_base import BaseView, FrozenBase, as_tensor
+from .methods import Full, Method
+from .network.base_view import BaseView, frozen_base_of
+from .network.copy_pool import CopyPool
+from .network.frozen_base import FrozenBase
 from .network.module_tree import ModuleTree, clone
-from .network.runner import AdaptedParameter
 from .seeding import seeded
 from .strategy import ModulePlacement, Strategy
 
@@ -32,7 +34,7 @@ def adapt(
             adapted on top: its own adapter is frozen as it is now. A `FrozenBase`, or another adapted model's `base`, spares
             copying and looking through the model again.
         strategy: a method (which takes its usual sites), a dict from glob patterns to methods (first match wins), a
-            `Strategy`, or the seed's protocol, an iterable of (check, action[, paras]).
+            `Strategy`, or GIFt's protocol, an iterable of (check, action[, paras]).
         generator: what initial values are drawn from, those of modules that actions make too; without one they come from
             torch's global generator.
 
@@ -51,8 +53,13 @@ def adapt(
         >>> sorted(adapted.adapter_state_dict())
         ['0.bias', '1.bias', '1.lora_A', '1.lora_B']
     """
+    return AdaptedModel(new_adapter(model, strategy, generator))
 
-    return _adapt(model, strategy, Initial(generator))
+
+def new_adapter(model: nn.Module | FrozenBase | BaseView, strategy: Any, generator: torch.Generator | None = None) -> Adapter:
+    """The adapter of the model that `adapt` makes; the network is not copied unless the strategy changes its modules."""
+    plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
+    return draw_adapter(base_of(model), strategy, Initial(generator), plain)
 
 
 def readapt(
@@ -72,43 +79,42 @@ def readapt(
     base = base_of(model)
     known = base.plans.get(strategy) if isinstance(strategy, Strategy) else None
     if known is None:
-        base, body, parts, shapes, rules = _plan(base, strategy, Shapes())
-        if rules is not None and rules.is_data and not any(isinstance(method, ModuleMethod) for _, method in rules.rules):
-            base.plans = {rules: (parts, shapes)}  # files of one base mostly have one strategy
+        like = draw_adapter(base, strategy, Shapes())
+        rules = like.strategy
+        if rules is not None and rules.is_data and like.tree is None:
+            # Files of one base mostly have one strategy. The base itself is no part, lest it keeps itself alive.
+            base.plans = {rules: (tuple(like.parameters), like.tensors)}
     else:
-        (parts, shapes), body, rules = known, None, strategy
-    tensors, buffers = filled(base, (body or base.structure).held(), parts, shapes, state, owned)
-    if body is not None:
-        body.hold(buffers)
-    return AdaptedModel(base, body, parts, tensors, rules, buffers)
+        parameters, tensors_like = known
+        like = Adapter(AdaptedParameters(base, parameters), strategy, tensors_like)
+    held = (like.tree or base.tree).held()
+    tensors, buffers = filled(like.parameters, held, like.tensors, state, owned)
+    if like.tree is not None:
+        like.tree.hold(buffers)
+    return AdaptedModel(like.replace_tensors(tensors), CopyPool(base, like.tree, buffers))
 
 
-def _adapt(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Initial) -> AdaptedModel:
-    return AdaptedModel(*_plan(model, strategy, initial))
+def draw_adapter(base: FrozenBase, strategy: Any, initial: Initial, model: nn.Module | None = None) -> Adapter:
+    """The adapter that a strategy makes of a base.
 
-
-class _Plan(NamedTuple):
-    base: FrozenBase
-    body: ModuleTree | None
-    parts: list[AdaptedParameter]
-    tensors: dict[str, nn.Parameter]
-    rules: Strategy | None
-
-
-def _plan(model: nn.Module | FrozenBase | BaseView, strategy: Any, initial: Initial) -> _Plan:
-    rules = None if is_protocol(strategy) else Strategy.of(strategy)
-    base = base_of(model)
-    if rules is not None:
-        plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
-        placements, added = rules.place(base, plain)
-        body, fresh = _with_added(base, added, initial.generator)
-    else:
+    Args:
+        base: the frozen base.
+        strategy: as of `adapt`.
+        initial: where its initial tensors come from.
+        model: the user's model, whose own modules selectors are shown; None for the base's.
+    """
+    tree: ModuleTree | None
+    if is_protocol(strategy):
         operation = operate(base, caps_of(strategy), initial.generator)
-        body, fresh, placements = operation.body, operation.fresh, operation.placements
+        tree, fresh, placements = operation.body, operation.fresh, operation.placements
         rules = None if operation.changed else Strategy.by_name(placements)
-    parts, tensors = parts_of(placements, initial, fresh)
-    parts.extend(AdaptedParameter(name, Full(), {"": name}) for name in fresh)
-    return _Plan(base, body, parts, {**tensors, **fresh}, rules)
+    else:
+        rules = Strategy.of(strategy)
+        placements, added = rules.place(base, model)
+        tree, fresh = _with_modules(base, added, initial.generator)
+    parameters, tensors = parts_of(placements, initial, fresh)
+    parameters.extend(AdaptedParameter(name, Full(), {"": name}) for name in fresh)
+    return Adapter(AdaptedParameters(base, parameters), rules, {**tensors, **fresh}, tree=tree)
 
 
 def base_of(model: nn.Module | FrozenBase | BaseView) -> FrozenBase:
@@ -116,35 +122,24 @@ def base_of(model: nn.Module | FrozenBase | BaseView) -> FrozenBase:
     if isinstance(model, FrozenBase):
         return model
     if isinstance(model, BaseView):
-        return model._frozen
+        return frozen_base_of(model)
     if isinstance(model, AdaptedModel):
-        return _frozen(model)
+        return model.frozen_with_adapter()
     if isinstance(model, nn.Module):
         return FrozenBase.of(model)
     raise TypeError(f"adapt takes a torch.nn.Module, got a {type(model).__name__}")
 
 
-def _frozen(adapted: AdaptedModel) -> FrozenBase:
-    """An adapted model as the base of further ones: structured weights and buffers as they are now."""
-    body = adapted._body
-    tensors = {name: clone(tensor) for name, tensor in adapted.adapter.items()}
-    structure = ModuleTree(body.structure.detached())
-    for name, weight in body.weights(tensors).items():
-        structure.bind(name, as_tensor(weight.eval()))
-    trainable = frozenset(structure.places) & (body.base.trainable | {part.name for part in body.parts})
-    return FrozenBase(structure, trainable)
-
-
-def _with_added(
+def _with_modules(
     base: FrozenBase, added: Sequence[ModulePlacement], generator: torch.Generator | None
 ) -> tuple[ModuleTree | None, dict[str, nn.Parameter]]:
     """A copy of the network with modules added to it, and their parameters by name; none where nothing is to be added."""
     if not added:
         return None, {}
-    body = base.structure.copy(clone)
-    known = {id(body.tensor(name)) for name in body.places}
+    tree = base.tree.copy(clone)
+    known = {id(tree.tensor(name)) for name in tree.places}
     with seeded(generator):
         for placement in added:
-            placement.method.add_to(body.modules[placement.name])
-    body = ModuleTree(body.module)
-    return body, {name: body.tensor(name) for name in body.places if id(body.tensor(name)) not in known}
+            placement.method.add_to(tree.modules[placement.name])
+    tree = ModuleTree(tree.module)
+    return tree, {name: tree.tensor(name) for name in tree.places if id(tree.tensor(name)) not in known}

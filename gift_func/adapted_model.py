@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import AdaptedParameters, Adapter, brings_modules
 from .adapter_dict import AdapterDict
 from .errors import AdaptError, StateError, nearest
 from .methods import Method
 from .methods.module_method import AddedModule
-from .network.frozen_base import BaseView, FrozenBase
+from .network.base_view import BaseView
+from .network.copy_pool import CopyPool
+from .network.frozen_base import FrozenBase, as_tensor
 from .network.module_tree import Buffers, ModuleTree, clone, copied, named, persistent
-from .network.runner import AdaptedParameter, Runner
+from .network.runner import Runner
 from .printing import summary, tree
 from .strategy import Strategy
-from .weights import Slot
+from .weights import Slot, Weight
 
 Tensors = Mapping[str, Tensor]
 
@@ -41,51 +44,43 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         adapter: the adapter's tensors under dotted global names, an `nn.ParameterDict`.
-        strategy: the strategy, or None where actions of the seed's protocol replaced modules.
+        adapted_parameters: the adapted parameters, with their methods and the names of their tensors.
+        strategy: the strategy, or None where actions of GIFt's protocol replaced modules.
+        copy_pool: the private copies of the network that calls run on.
     """
 
     adapter: AdapterDict
 
-    def __init__(
-        self,
-        base: FrozenBase,
-        structure: ModuleTree | None,
-        parts: Sequence[AdaptedParameter],
-        tensors: Mapping[str, nn.Parameter],
-        strategy: Strategy | None,
-        buffers: dict[str, Buffers] | None = None,
-    ) -> None:
+    def __init__(self, adapter: Adapter, pool: CopyPool | None = None) -> None:
         super().__init__()
-        self._body = Runner(base, structure, parts, buffers)
+        self.strategy = adapter.strategy
+        self.adapted_parameters = adapter.parameters
+        self.copy_pool = adapter.copy_pool() if pool is None else pool
+        self._runner = Runner(self.copy_pool, adapter.parameters)
         self._view: BaseView | None = None
-        self.strategy = strategy
-        self.training = self._body.training
-        self.adapter = AdapterDict(tensors, self._body.buffers)
-        self._body.bind_between_calls(self.adapter.current())
+        self.training = self.copy_pool.mode
+        tensors = {name: _parameter(tensor) for name, tensor in adapter.tensors.items()}
+        self.adapter = AdapterDict(tensors, self.copy_pool.buffers)
+        self._runner.bind_between_calls(self.adapter.current())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted network's forward, in the base model's own signature."""
-        return self._body.forward(self.adapter.current(), args, kwargs)
+        return self._runner.forward(self.adapter.current(), args, kwargs)
 
-    def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def functional_call(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward` on any tensors and buffers, under global names; nothing is written to. See `gf.functional_call`."""
-        return self._body.pure_forward(tensors, buffers, args, kwargs)
-
-    @property
-    def buffer_names(self) -> set[str]:
-        """The dotted names of the network's buffers."""
-        return set(named(self._body.buffers))
+        return self._runner.functional_call(tensors, buffers, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "_body" not in self.__dict__:
+            if name.startswith("__") or "_runner" not in self.__dict__:
                 raise
         if torch.compiler.is_compiling():
-            self._body.ready()
-        self._body.rebind_if_replaced(self.adapter.current())
-        module = self._body.module
+            self.copy_pool.ready()
+        self._runner.rebind_if_replaced(self.adapter.current())
+        module = self.copy_pool.module
         try:
             found = getattr(module, name)
         except AttributeError as error:
@@ -100,7 +95,7 @@ class AdaptedModel(nn.Module):
     def _reached(self, method: MethodType) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self._body.calling():
+            with self._runner.calling():
                 return method(*args, **kwargs)
 
         return call
@@ -108,16 +103,42 @@ class AdaptedModel(nn.Module):
     # --- adapters
 
     @property
-    def parts(self) -> tuple[AdaptedParameter, ...]:
-        """The adapted parameters, with their methods and the names of their tensors."""
-        return self._body.parts
+    def frozen_base(self) -> FrozenBase:
+        """The frozen base, as `adapt` takes it for further adapters."""
+        return self.copy_pool.base
 
     @property
     def base(self) -> BaseView:
         """The frozen base, unadapted: `adapted.base(x)`."""
         if self._view is None:
-            self._view = BaseView(self._body.base, self._body.structure)
+            self._view = BaseView(self.frozen_base, self.copy_pool)
         return self._view
+
+    def to_adapter(self) -> Adapter:
+        """The adapter as a value; its tensors are this model's own."""
+        state = self.adapter_state_dict()
+        buffers = {name: clone(tensor) for name, tensor in state.items() if name not in self.adapter}
+        pool = self.copy_pool
+        own = pool.is_made and brings_modules(pool.tree, pool.base.tree)
+        modules = pool.tree.copy(clone) if own else None
+        return Adapter(self.adapted_parameters, self.strategy, dict(self.adapter.items()), buffers, modules)
+
+    def structured_weights(self, tensors: Tensors | None = None) -> dict[str, Weight]:
+        """The adapted parameters' structured weights, by dotted name.
+
+        Args:
+            tensors: adapter tensors under global names; None for this model's own.
+        """
+        return self._runner.weights(self.adapter.current() if tensors is None else tensors)
+
+    def frozen_with_adapter(self) -> FrozenBase:
+        """This model as the frozen base of further adapters: weights and buffers as they are now."""
+        weights = self.structured_weights({name: clone(tensor) for name, tensor in self.adapter.items()})
+        modules = ModuleTree(self.copy_pool.tree.detached())
+        for name, weight in weights.items():
+            modules.bind(name, as_tensor(weight.eval()))
+        trainable = self.frozen_base.trainable | set(self.adapted_parameters.names)
+        return FrozenBase(modules, frozenset(modules.places) & trainable)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters that require grad: what an optimizer gets."""
@@ -136,7 +157,7 @@ class AdaptedModel(nn.Module):
         """
         state = {name: parameter.detach() for name, parameter in self.adapter.items()}
         pristine = self._pristine()
-        for name, buffer in persistent(self._body.buffers).items():
+        for name, buffer in persistent(self.copy_pool.buffers).items():
             if name not in pristine or not _equal(buffer, pristine[name]):
                 state[name] = buffer.detach()
         return state
@@ -150,8 +171,8 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: if a name is missing or unknown, or a shape differs.
         """
-        body = self._body
-        tensors, buffers = filled(body.base, body.buffers, self.parts, dict(self.adapter.items()), state)
+        adapter = dict(self.adapter.items())
+        tensors, buffers = filled(self.adapted_parameters, self.copy_pool.buffers, adapter, state)
         return self._like(tensors, buffers)
 
     def load_adapter_state_dict(self, state: Tensors, strict: bool = True) -> IncompatibleKeys:
@@ -164,13 +185,13 @@ class AdaptedModel(nn.Module):
         Raises:
             StateError: before anything is written.
         """
-        left_out = _check(state, dict(self.adapter.items()), persistent(self._body.buffers), strict)
+        left_out = check_state(state, dict(self.adapter.items()), persistent(self.copy_pool.buffers), strict)
         pristine = self._pristine() if strict else {}
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 if name in state:
                     parameter.copy_(state[name])
-            for name, buffer in persistent(self._body.buffers).items():
+            for name, buffer in persistent(self.copy_pool.buffers).items():
                 source = state[name] if name in state else pristine.get(name)
                 if source is not None:
                     buffer.copy_(source)
@@ -185,35 +206,33 @@ class AdaptedModel(nn.Module):
         Raises:
             AdaptError: if a method added modules (Bottleneck), which no weight can take in.
         """
-        self._body.rebind_if_replaced(self.adapter.current())
-        base, structure = self._body.base, self._body.structure
-        for name, module in structure.modules.items():
+        self._runner.rebind_if_replaced(self.adapter.current())
+        base, modules = self.frozen_base, self.copy_pool.tree
+        for name, module in modules.modules.items():
             if isinstance(module, AddedModule):
                 raise AdaptError(f"{name!r} was added to the network and is part of no weight, so it cannot be merged")
-        learned = {
-            id(structure.tensor(name)) for name in structure.places if name in base.trainable or name not in base.weights
-        }
+        learned = {id(modules.tensor(name)) for name in modules.places if name in base.trainable or name not in base.weights}
 
         def folded(tensor: Tensor) -> nn.Parameter:
             with torch.no_grad():
                 dense = tensor.weight.eval().dense() if isinstance(tensor, Slot) else tensor
                 return nn.Parameter(clone(dense), requires_grad=id(tensor) in learned)
 
-        return structure.detached(folded)
+        return modules.detached(folded)
 
     # --- as a module
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the adapter and the private copy of the network; the user's model is not touched."""
         super().train(mode)
-        self._body.train(mode)
-        self._body.bind_between_calls(self.adapter.current())
+        self.copy_pool.train(mode)
+        self._runner.bind_between_calls(self.adapter.current())
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._body.rebase(self._body.base.apply(fn))
-        self._body.bind_between_calls(self.adapter.current())
+        self.adapted_parameters = self.adapted_parameters.on(self.frozen_base.apply(fn))
+        self._runner.rebase(self.adapted_parameters, self.adapter.current())
         self._view = None
         return self
 
@@ -224,67 +243,64 @@ class AdaptedModel(nn.Module):
             other = nn.Parameter(clone(parameter), requires_grad=parameter.requires_grad)
             other.grad = None if parameter.grad is None else clone(parameter.grad)
             tensors[name] = known if isinstance(known, nn.Parameter) else memo.setdefault(id(parameter), other)
-        made = memo[id(self)] = self._like(tensors, copied(self._body.buffers))
+        made = memo[id(self)] = self._like(tensors, copied(self.copy_pool.buffers))
         return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        base, structure = self._body.base, self._body.structure.copy()
-        for part in self.parts:
-            if part.name in base.tensors:
-                structure.bind(part.name, base.tensors[part.name])
-        return _restore, (base, structure.module, self.parts, dict(self.adapter.items()), self.strategy)
+        base, modules = self.frozen_base, self.copy_pool.tree.copy()
+        for name in self.adapted_parameters.names:
+            if name in base.tensors:
+                modules.bind(name, base.tensors[name])
+        return _restore, (modules.module, self.adapted_parameters, dict(self.adapter.items()), self.strategy)
 
     def __repr__(self) -> str:
-        return tree(self._body.outline, {part.name: part.method for part in self.parts})
+        return tree(self.copy_pool.outline, {part.name: part.method for part in self.adapted_parameters})
 
     def summary(self) -> str:
         """A table of the adapted parameters, their methods and sizes, and what is trained of the whole."""
         rows: list[tuple[str, Method, list[Tensor]]] = []
         counted: set[str] = set()
-        for part in self.parts:
-            own = [name for name in part.names.values() if name not in counted]
+        for parameter in self.adapted_parameters:
+            own = [name for name in parameter.names.values() if name not in counted]
             counted.update(own)
-            rows.append((part.name, part.method, [self.adapter[name] for name in own]))
-        return summary(self._body.base, rows)
+            rows.append((parameter.name, parameter.method, [self.adapter[name] for name in own]))
+        return summary(self.frozen_base, rows)
 
     def _like(self, tensors: Mapping[str, nn.Parameter], buffers: dict[str, Buffers]) -> AdaptedModel:
         """This model with other tensors, and with these buffers."""
-        body = self._body
-        structure = body.structure.holding(buffers) if body.is_made else None
-        made = AdaptedModel(body.base, structure, self.parts, tensors, self.strategy, buffers)
-        for mode in body.modes if structure is None else ():
-            made.train(mode)
-        return made
+        return AdaptedModel(Adapter(self.adapted_parameters, self.strategy, tensors), self.copy_pool.fork(buffers))
 
     def _pristine(self) -> dict[str, Tensor]:
-        return named(self._body.base.structure.held())
+        return named(self.frozen_base.tree.held())
 
 
 def filled(
-    base: FrozenBase,
+    parameters: AdaptedParameters,
     held: Mapping[str, Buffers],
-    parts: Sequence[AdaptedParameter],
-    adapter: Mapping[str, nn.Parameter],
+    adapter: Tensors,
     state: Tensors,
     owned: bool = False,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Buffers]]:
     """Parameters like an adapter's with copies of a state's values, and buffers with its values, or with the base's.
 
     Args:
+        parameters: the adapted parameters.
         held: what buffers there are.
         adapter: parameters under their global names; only their shapes, types and `requires_grad` count.
+        state: the values.
         owned: the state's tensors are nobody else's, and need not be copied.
 
     Raises:
         StateError: if a name is missing or unknown, or a shape differs; nothing is written then.
     """
-    _check(state, adapter, persistent(held), strict=True)
-    buffers = copied(held, {**named(base.structure.held()), **{name: state[name] for name in state if name not in adapter}})
+    base = parameters.base
+    check_state(state, adapter, persistent(held), strict=True)
+    buffers = copied(held, {**named(base.tree.held()), **{name: state[name] for name in state if name not in adapter}})
     tensors: dict[str, nn.Parameter] = {}
-    for part in parts:
-        weight = base.weights.get(part.name)
+    for parameter in parameters:
+        weight = base.weights.get(parameter.name)
         home = None if weight is None else weight.device
-        for name in part.names.values():
+        for name in parameter.names.values():
             if name not in tensors:
                 old, tensor = adapter[name], state[name]
                 if not (owned and tensor.dtype == old.dtype and tensor.device == (home or old.device)):
@@ -293,12 +309,7 @@ def filled(
     return tensors, buffers
 
 
-def persistent_buffers(structure: ModuleTree) -> dict[str, Tensor]:
-    """The persistent buffers, by global name."""
-    return persistent(structure.held())
-
-
-def _check(state: Tensors, adapter: Tensors, buffers: Tensors, strict: bool) -> IncompatibleKeys:
+def check_state(state: Tensors, adapter: Tensors, buffers: Tensors, strict: bool) -> IncompatibleKeys:
     """Refuse a state that does not fit, before anything is done with it."""
     known = {**buffers, **adapter}
     missing = [name for name in adapter if name not in state]
@@ -322,11 +333,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b.to(a.device))))
 
 
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+
+
 def _restore(
-    base: FrozenBase,
-    module: nn.Module,
-    parts: Sequence[AdaptedParameter],
-    tensors: dict[str, nn.Parameter],
-    strategy: Strategy | None,
+    module: nn.Module, parameters: AdaptedParameters, tensors: dict[str, nn.Parameter], strategy: Strategy | None
 ) -> AdaptedModel:
-    return AdaptedModel(base, ModuleTree(module), parts, tensors, strategy)
+    return AdaptedModel(Adapter(parameters, strategy, tensors), CopyPool(parameters.base, ModuleTree(module)))

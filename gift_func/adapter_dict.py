@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import StateError, nearest
-from .network.module_tree import Buffers, join
+from .network.module_tree import Buffers, join, named
 
 _HOLDERS = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
 
@@ -32,6 +32,27 @@ class Node(nn.Module):
         return super().__getattr__(name)
 
 
+class NameSpace(Node):
+    """A node whose tensors and children go by names with dots in them."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, [], error_msgs)
+        own = self._parameters.keys() | self._buffers.keys()
+        if strict:
+            rest = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in own]
+            inner = tuple(f"{prefix}{name}." for name in self._modules)
+            unexpected_keys.extend(key for key in rest if not key.startswith(inner))
+
+
 _PLAIN = {name: value for name, value in vars(nn.Module()).items() if name not in _HOLDERS}
 
 
@@ -52,6 +73,7 @@ class AdapterDict(nn.ParameterDict):
         super().__init__()
         self._places: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
         self.tree_names: dict[str, str] = {}
+        self._held = held
         nodes: dict[str, nn.Module] = {"": self}
         for name, tensor in tensors.items():
             path, _, attribute = name.rpartition(".")
@@ -104,6 +126,10 @@ class AdapterDict(nn.ParameterDict):
             found[name] = parameters[attribute]
         return found  # type: ignore[return-value]
 
+    def buffer_names(self) -> set[str]:
+        """The dotted names of the network's buffers."""
+        return set(named(self._held))
+
     def __reversed__(self) -> Iterator[str]:
         return reversed(list(self._keys))
 
@@ -125,7 +151,7 @@ def _node(nodes: dict[str, nn.Module], path: str) -> nn.Module:
     return found
 
 
-_TAKEN = frozenset(dir(nn.ParameterDict)) | {"current", "tree_names"}
+_TAKEN = frozenset(dir(nn.ParameterDict)) | {"buffer_names", "current", "tree_names"}
 
 
 def _tree_path(path: str) -> str:

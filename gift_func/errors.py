@@ -1,4 +1,4 @@
-"""What gift_func raises and warns with: ordinary ValueErrors with a name that can be caught."""
+"""The exceptions and warnings of gift_func, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 
 
 class AdaptError(ValueError):
-    """A model, a strategy or a method that do not fit together."""
+    """A model, a strategy and a method do not fit together."""
 
 
 class StateError(ValueError):
-    """Adapter tensors that do not fit the adapter they are meant for."""
+    """Adapter tensors do not fit the adapter they are meant for."""
 
 
 class FileError(ValueError):
-    """An adapter file that is damaged, foreign, or made for another base."""
+    """An adapter file is damaged, of another format, or made for another base."""
 
 
 class CheckpointError(RuntimeError):
-    """Gradient checkpointing used in a way that would lose an adapter's gradient."""
+    """Gradient checkpointing is used in a way that would lose an adapter's gradient."""
 
 
 class BaseChangedWarning(UserWarning):
@@ -32,7 +32,7 @@ class BaseChangedWarning(UserWarning):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names most like `name`, as the end of an error's sentence."""
+    """The known names most similar to `name`, as the end of an error message."""
     choices = list(known)
     close = get_close_matches(name, choices, n=count, cutoff=0.4) or choices[:count]
     if not close:
@@ -44,7 +44,7 @@ _INSIDE = (os.path.dirname(__file__), os.path.dirname(torch.__file__), contextli
 
 
 def outside() -> int:
-    """The `stacklevel` with which a warning of the caller names the first line outside of this package and torch."""
+    """The `stacklevel` with which the caller's warning names the first line outside of this package and torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""Starting points found in data: EVA."""
+"""EVA: LoRA initialised from the inputs of the layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapt import _adapt, base_of
+from .adapt import base_of, draw_adapter
 from .adapted_model import AdaptedModel
 from .errors import AdaptError
 from .initialise import Initial
@@ -20,7 +20,9 @@ from .methods import DoRA, LoRA, Method
 from .methods.matrix import CONVOLUTIONS, HF_CONV1D
 from .methods.method import is_a
 from .methods.options import FrozenMap
-from .network.frozen_base import BaseView, FrozenBase
+from .network.fast_path import FastPath
+from .network.frozen_base import FrozenBase
+from .network.module_tree import clone
 from .select import Regex
 from .strategy import Explanation, Placement, Strategy
 
@@ -38,35 +40,34 @@ def eva(
     mask: Mask | None = None,
     generator: torch.Generator | None = None,
 ) -> AdaptedModel:
-    """Adapt a model by LoRA whose A and ranks follow from what the layers are given: `A = V_rᵀ`, `B = 0`.
+    """Adapt a model by LoRA whose A and ranks are computed from the layers' inputs: `A = V_rᵀ`, `B = 0`.
 
-    V_r are the first r principal directions of a layer's inputs, the ones in which they vary most, so that the change
-    sees as much of the data as r directions can show. The sum of all ranks stays what the strategy asks for, but ranks
-    move to where a direction explains more: of all layers' directions, ordered by the share of their own layer's
-    variance that each explains, the first so many are taken, and at most `rho · rank` of one layer. A layer of which
-    none is taken is not adapted. The scale s of every layer stays what it was.
+    V_r are the first r principal directions of a layer's inputs, in which they vary most. The sum of all ranks is that of
+    the strategy, but they are distributed by explained variance: the directions of all layers are ordered by the share of
+    their layer's variance that each explains, and the first of them are taken, at most `rho · rank` of one layer. A layer
+    none of whose directions is taken is not adapted. The scale s of every layer is that of the strategy.
 
     Shapes (`n` = all positions of all batches): inputs X `(n, in)`, A `(r, in)`; for a convolution X holds its patches,
     `(n, in·k...)`, and A is `(r, in, k, ...)`.
 
     Args:
-        model: as for `adapt`; it is run as a private copy, in evaluation mode, and never as the user's own object.
-        strategy: as for `adapt`, but not the seed's protocol. Its LoRA and DoRA rules are to act on Linear, transformers'
-            Conv1D and ungrouped convolutions (`conv="kernel"`); other methods start as they do without data.
-        batches: what the model is run on, gone through once.
-        rho: how often its own rank a layer may get, at least 1; 1 leaves the ranks alone.
-        forward: runs the frozen base on a batch, `forward(base, batch)`. By default a mapping is given as keyword
-            arguments, a tuple or list as arguments, and anything else as the one argument.
-        mask: of a batch, the positions that count (padding does not), boolean and in the shape of a layer's input
-            without its features; None takes all.
-        generator: what the other methods' initial values are drawn from. LoRA's draw nothing.
+        model: as for `adapt`; a private copy of it is run, in evaluation mode.
+        strategy: as for `adapt`, but not GIFt's protocol. Its LoRA and DoRA rules must select weights of Linear,
+            transformers' Conv1D and ungrouped convolutions (`conv="kernel"`); other methods are initialised as usual.
+        batches: the batches that the model is run on, once each.
+        rho: the largest factor by which a layer's rank may grow, at least 1; with 1 the ranks do not change.
+        forward: runs the frozen base on a batch, `forward(base, batch)`. By default a mapping is passed as keyword
+            arguments, a tuple or list as arguments, and anything else as the only argument.
+        mask: returns the positions of a batch that count (padding does not), boolean and in the shape of a layer's input
+            without its features; None for all.
+        generator: the source of the other methods' initial values. For LoRA nothing is drawn.
 
     Returns:
         The adapted model. Its strategy names every site, with `rank_pattern` and `alpha_pattern`, and is plain data.
 
     Raises:
-        AdaptError: for a rho below 1, a LoRA rule with an init of its own, a site of another kind, one that saw no input,
-            a mask that does not fit, or inputs that span too few directions for the ranks.
+        AdaptError: for a rho below 1, a LoRA rule with its own init, a site of another kind or without inputs, a mask of
+            another shape, or inputs that span too few directions for the ranks.
 
     Example:
         >>> import torch, gift_func as gf
@@ -77,10 +78,10 @@ def eva(
 
     References:
         Paischer et al., One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation, 2024
-        (arXiv:2410.07170). There, as in PEFT, a randomised incremental SVD cycles through the data until its directions
-        settle (`tau`). Here the covariance of all inputs is formed in float64 and decomposed, so the result is exact,
-        the same for any split into batches, and needs `in²` numbers for each site. As in PEFT the inputs are centred.
-        With `rslora` PEFT multiplies alpha by r'/r, which changes s; here s stays. Whitening is not offered.
+        (arXiv:2410.07170). There, as in PEFT, a randomised incremental SVD iterates over the data until its directions
+        converge (`tau`). Here the covariance of all inputs is computed in float64 and decomposed, so the result is exact,
+        does not depend on the split into batches, and needs `in²` numbers for each site. As in PEFT the inputs are centred.
+        With `rslora` PEFT multiplies alpha by r'/r, which changes s; here s does not change. Whitening is not supported.
     """
     if not (isinstance(rho, (int, float)) and isfinite(rho) and rho >= 1):
         raise AdaptError(f"rho is how often its own rank a site may get, a number of at least 1, got rho={rho!r}")
@@ -96,19 +97,19 @@ def eva(
         spectra = _spectra(base, sites, batches, forward or _call, mask)
         ranks = _ranks(sites, spectra, float(rho))
     rows = {name: spectra[name].directions[:rank] for name, rank in ranks.items()}
-    return _adapt(base, _redistributed(found, ranks), _Calibrated(rows, generator))
+    return AdaptedModel(draw_adapter(base, _redistributed(found, ranks), _Calibrated(rows, generator)))
 
 
 @dataclass(frozen=True)
 class _Scatter:
-    """Inputs seen so far: how many, their mean, and the sum of the outer products of their deviations from it."""
+    """The inputs so far: their number, their mean, and the sum of the outer products of their deviations from it."""
 
     count: int
     mean: Tensor
     total: Tensor
 
     def plus(self, rows: Tensor) -> _Scatter:
-        """With more inputs `(n, in)` (Chan et al., 1983)."""
+        """The same of these and more inputs `(n, in)` (Chan et al., 1983)."""
         if not len(rows):
             return self
         mean = rows.mean(0)
@@ -119,7 +120,7 @@ class _Scatter:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """Directions `(d, in)`, the most varied first, and the share of the variance that each explains."""
+    """Principal directions `(d, in)`, in order of variance, and the share of the variance that each explains."""
 
     directions: Tensor
     shares: Tensor
@@ -128,7 +129,7 @@ class _Spectrum:
     def of(scatter: _Scatter) -> _Spectrum:
         values, vectors = torch.linalg.eigh(scatter.total)
         values, vectors = values.flip(0), vectors.flip(1)
-        # The sign of an eigenvector is the library's choice; here its largest element is positive.
+        # The sign of an eigenvector depends on the library; here its largest element is made positive.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         directions = (vectors * largest.sign()).mT
         threshold = values[:1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
@@ -137,7 +138,7 @@ class _Spectrum:
 
 
 class _Calibrated(Initial):
-    """Initial tensors whose `lora_A` are given; the others are drawn."""
+    """Initial tensors with given `lora_A`; the others are drawn."""
 
     def __init__(self, rows: Mapping[str, Tensor], generator: torch.Generator | None) -> None:
         super().__init__(generator)
@@ -155,23 +156,24 @@ class _Calibrated(Initial):
 def _spectra(
     base: FrozenBase, sites: Mapping[str, Placement], batches: Iterable[Any], forward: Forward, mask: Mask | None
 ) -> dict[str, _Spectrum]:
-    """What the sites of a frozen base are given while it runs on the batches."""
-    modes = base.structure.copy()
-    modes.module.eval()
-    view = BaseView(base, modes)
+    """The spectra of the sites' inputs while a frozen base runs on the batches."""
+    tree = base.tree.copy(clone)
+    tree.module.eval()
+    for name, tensor in FastPath(base, tree, ()).bindings({}, ()).items():
+        tree.bind(name, tensor)
     seen: dict[str, _Scatter] = {}
-    keep: list[Tensor | None] = [None]
+    selected: list[Tensor | None] = [None]
 
-    def listen(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rows = _positions(module, args[0] if args else next(iter(kwargs.values())))
-            if keep[0] is not None:
-                if keep[0].shape != rows.shape[:-1]:
+            if selected[0] is not None:
+                if selected[0].shape != rows.shape[:-1]:
                     raise AdaptError(
-                        f"the mask has shape {tuple(keep[0].shape)}, and {name!r} is given inputs at positions of shape "
+                        f"the mask has shape {tuple(selected[0].shape)}, and {name!r} is given inputs at positions of shape "
                         f"{tuple(rows.shape[:-1])}"
                     )
-                rows = rows[keep[0].to(rows.device, torch.bool)]
+                rows = rows[selected[0].to(rows.device, torch.bool)]
             rows = rows.reshape(-1, rows.shape[-1]).double()
             width = rows.shape[-1]
             start = seen.get(name) or _Scatter(0, rows.new_zeros(width), rows.new_zeros(width, width))
@@ -180,14 +182,14 @@ def _spectra(
         return hook
 
     for name, placement in sites.items():
-        for module, attribute in view._copy.places[name]:
-            refusal = _refuses(placement.rule, module, attribute)
-            if refusal:
-                raise AdaptError(f"EVA cannot find a start for {placement.site.name!r} of {type(module).__name__}: {refusal}")
-            module.register_forward_pre_hook(listen(name), with_kwargs=True)
+        for module, attribute in tree.places[name]:
+            reason = _why_not(placement.rule, module, attribute)
+            if reason:
+                raise AdaptError(f"EVA cannot find a start for {placement.site.name!r} of {type(module).__name__}: {reason}")
+            module.register_forward_pre_hook(recorder(name), with_kwargs=True)
     for batch in batches:
-        keep[0] = None if mask is None else mask(batch)
-        forward(view, batch)
+        selected[0] = None if mask is None else mask(batch)
+        forward(tree.module, batch)
     for name, placement in sites.items():
         if name not in seen or not seen[name].count:
             raise AdaptError(
@@ -199,8 +201,8 @@ def _spectra(
     return {name: _Spectrum.of(seen[name]) for name in sites}
 
 
-def _refuses(method: Method, module: nn.Module, attribute: str) -> str | None:
-    """What is missing for a module's inputs to be those of LoRA's A."""
+def _why_not(method: Method, module: nn.Module, attribute: str) -> str | None:
+    """Why the inputs of a module are not those of LoRA's A; None if they are."""
     assert isinstance(method, LoRA)
     if method.init != "kaiming":
         return f"the method sets A by init={method.init!r}, and EVA sets it by data; leave init at 'kaiming'"
@@ -215,7 +217,7 @@ def _refuses(method: Method, module: nn.Module, attribute: str) -> str | None:
 
 
 def _positions(module: nn.Module, x: Tensor) -> Tensor:
-    """A layer's input as positions and features, `(..., in)`; those of a convolution are its patches."""
+    """A layer's input as positions and features, `(..., in)`; for a convolution these are its patches."""
     if not isinstance(module, CONVOLUTIONS):
         return x
     spatial = len(module.kernel_size)
@@ -228,7 +230,7 @@ def _positions(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _ranks(sites: Mapping[str, Placement], spectra: Mapping[str, _Spectrum], rho: float) -> dict[str, int]:
-    """For each site, how many of its directions are among the first of all sites'."""
+    """For each site, how many of its directions are among the first of those of all sites."""
     wanted = {name: _lora(placement).rank for name, placement in sites.items()}
     shares = {name: spectrum.shares[: round(wanted[name] * rho)] for name, spectrum in spectra.items()}
     owners = [name for name, found in shares.items() for _ in range(len(found))]
@@ -258,15 +260,15 @@ def _redistributed(explanation: Explanation, ranks: Mapping[str, int]) -> Strate
         names.setdefault(index, []).append(re.escape(placement.site.name))
         if rank is None:
             continue
-        settled, module = _lora(placement), f"^{re.escape(placement.site.module_name)}"
+        lora, module = _lora(placement), f"^{re.escape(placement.site.module_name)}"
         rank_pattern, alpha_pattern = found.setdefault(index, ({}, {}))
         rule = placement.rule
         assert isinstance(rule, LoRA)
         if rank != rule.rank:
             rank_pattern[module] = rank
-        alpha = settled.scale * (sqrt(rank) if settled.rslora else rank)
-        if rank == settled.rank:  # exactly what it was
-            alpha = rank if settled.alpha is None else settled.alpha
+        alpha = lora.scale * (sqrt(rank) if lora.rslora else rank)
+        if rank == lora.rank:  # no rounding
+            alpha = rank if lora.alpha is None else lora.alpha
         if alpha != (rank if rule.alpha is None else rule.alpha):
             alpha_pattern[module] = alpha
     rules: list[tuple[Regex, Method]] = []

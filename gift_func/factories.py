@@ -1,7 +1,7 @@
-"""Factories of checks and actions for the seed's strategies: `c_...` make checks, `a_...` make actions.
+"""Factories of checks and actions for GIFt's strategies: `c_...` make checks, `a_...` make actions.
 
 Checks are called with `(parent_module, name, global_name, class_name, layer_obj)`, actions with the same and the rule's
-parameters. What these factories return is plain frozen data with a `__call__`: it compares, prints and pickles.
+parameters. These factories return frozen dataclasses with a `__call__`, which can be compared, printed and pickled.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def c_name_in(names: Iterable[str]) -> Check:
 
 
 def c_cname_equal(class_name: str) -> Check:
-    """A check that holds for modules whose class has this very name; `c_type` takes subclasses too."""
+    """A check that holds for modules whose class has this name; `c_type` includes subclasses."""
     return _Among("class_name", (_one(class_name, "c_cname_equal"),))
 
 
 def c_cname_in(class_names: Iterable[str]) -> Check:
-    """A check that holds for modules whose class has one of these very names; `c_type` takes subclasses too.
+    """A check that holds for modules whose class has one of these names; `c_type` includes subclasses.
 
     Raises:
         TypeError: for a single string, whose letters would be taken for names; `c_cname_equal` takes one name.
@@ -66,12 +66,12 @@ def c_type(*classes: type[nn.Module]) -> Check:
 
 
 def a_replace(replace: Callable[..., nn.Module]) -> Action:
-    """An action that puts what a function makes of a module in that module's place.
+    """An action that replaces a module by the one that a function returns for it.
 
     Args:
         replace: called as `replace(layer_obj, **paras)` with the rule's parameters; returns the new module. It may write
-            to `layer_obj`, which is a private copy, and it may build the new module around it: what it leaves as it
-            was stays frozen, everything else becomes a trained entry of the adapter.
+            to `layer_obj`, which is a private copy, and the new module may contain it: parameters that are not changed stay
+            frozen, all others become trained parameters of the adapter.
 
     Example:
         >>> import torch, gift_func as gf, gift_func.factories as fts
@@ -91,9 +91,9 @@ def a_adapt(method: Method | type[Method] | Callable[..., Outcome]) -> Action:
     """An action that adapts a module's parameters by a method.
 
     Args:
-        method: a method, of which the rule's parameters change fields; or a method's class, which they are the
-            arguments of; or a function that is called as `method(layer_obj, **paras)` and returns a method, or a dict
-            from names of the module's parameters to methods.
+        method: a method, whose fields the rule's parameters replace; or a method's class, whose arguments they are; or a
+            function that is called as `method(layer_obj, **paras)` and returns a method, or a dict from names of the
+            module's parameters to methods.
 
     Example:
         >>> import torch, gift_func as gf, gift_func.factories as fts
@@ -147,13 +147,13 @@ class _Replace:
         made = self.replace(layer_obj, **paras)
         if not isinstance(made, nn.Module):
             raise AdaptError(
-                f"{_called(self.replace)} is to replace {global_name!r} and must return a module, but it returned a "
+                f"{_name_of(self.replace)} is to replace {global_name!r} and must return a module, but it returned a "
                 f"{type(made).__name__}"
             )
         return made
 
     def __repr__(self) -> str:
-        return f"<replace by {_called(self.replace)}>"
+        return f"<replace by {_name_of(self.replace)}>"
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Adapt(Pure):
 
 @dataclass(frozen=True)
 class AdaptBy:
-    """An action that adapts a module by the method, or the dict of methods, that a function makes for it."""
+    """An action that adapts a module by the method, or the dict of methods, that a function returns for it."""
 
     function: Callable[..., Outcome]
 
@@ -184,20 +184,20 @@ class AdaptBy:
         made = self.function(layer_obj, **paras)
         if not isinstance(made, (Method, Mapping)):
             raise AdaptError(
-                f"{_called(self.function)} is to adapt {global_name!r} and must return a method such as gf.LoRA(), or a dict "
+                f"{_name_of(self.function)} is to adapt {global_name!r} and must return a method such as gf.LoRA(), or a dict "
                 f"from parameter names to methods, but it returned a {type(made).__name__}"
             )
         return made
 
     def __repr__(self) -> str:
-        return f"<adapt by {_called(self.function)}>"
+        return f"<adapt by {_name_of(self.function)}>"
 
 
 class AdaptByReading(AdaptBy, Pure):
-    """The same for functions known not to write to the module, which spares a copy of the model's parameters."""
+    """`AdaptBy` for functions that do not write to the module, so that the model's parameters need not be copied."""
 
 
-def _called(function: Callable[..., Any]) -> str:
+def _name_of(function: Callable[..., Any]) -> str:
     return qualified(function) if isinstance(function, type) else getattr(function, "__qualname__", repr(function))
 
 

@@ -1,39 +1,37 @@
-"""The native file: one safetensors file with an adapter's tensors, its strategy, and its base's fingerprint."""
+"""Adapter files: one safetensors file with an adapter's tensors, its strategy and its base's fingerprint."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from . import safetensors_io
 from .adapt import base_of, readapt
 from .adapted_model import AdaptedModel
-from .errors import AdaptError, FileError, StateError
+from .errors import FileError, StateError
 from .methods import Method
-from .network.frozen_base import BaseView, FrozenBase
-from .safetensors_io import copied, mapped
+from .network.base_view import BaseView
+from .network.frozen_base import FrozenBase
 from .strategy import Strategy
 
-KEY = "gift_func"
-VERSION = 1
+FILE_KEY = "gift_func"
+FILE_VERSION = 1
 
 
 def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
     """Write an adapter to one safetensors file.
 
-    The file holds `adapter_state_dict()`, the strategy as JSON and the base's fingerprint. It is written beside its
-    place and then moved there, so that a reader sees the old file or the new one, never a part.
+    The file contains `adapter_state_dict()`, the strategy as JSON and the base's fingerprint. It is written atomically: a
+    reader sees the old file or the new one, never a part.
 
     Args:
-        adapted: the adapted model. Where actions of the seed's protocol replaced modules, its strategy is not data and is
-            left out; `load_adapter` then asks for it.
+        adapted: the adapted model. If actions of GIFt's protocol replaced modules, its strategy cannot be written as data and
+            is left out; it must then be passed to `load_adapter`.
         path: the file, `*.safetensors` by convention.
 
     Raises:
@@ -48,16 +46,11 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
         ['lora_B', 'lora_A']
     """
     header = {
-        "version": VERSION,
+        "version": FILE_VERSION,
         "strategy": adapted.strategy and adapted.strategy.to_dict(),
-        "base": adapted._body.base.fingerprint(),
+        "base": adapted.frozen_base.fingerprint(),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in adapted.adapter_state_dict().items()}
-    meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
-    if meta is not None:
-        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
-    # One entry: safetensors writes several in no fixed order, and equal adapters are to make equal files.
-    write_whole(Path(path), safetensors_bytes(unshared(tensors), {KEY: json.dumps(header)}))
+    safetensors_io.write(Path(path), safetensors_io.to_bytes(adapted.adapter_state_dict(), {FILE_KEY: json.dumps(header)}))
 
 
 def load_adapter(
@@ -70,14 +63,14 @@ def load_adapter(
     """Read an adapter file onto a model. Nothing is unpickled, and nothing is imported by a name in the file.
 
     Args:
-        model: the model the adapter was made for; it is not touched. An `AdaptedModel` is loaded upon on top. For many
-            adapters of one base give a `FrozenBase`, or the `base` of an adapted model: it is copied and looked through once.
+        model: the model the adapter was made for; it is not changed. On an `AdaptedModel` the adapter is put on top. To load
+            many adapters of one base, pass a `FrozenBase` or the `base` of an adapted model, which is copied only once.
         path: a file of `save_adapter`.
-        check_base: refuse a file that was made for a base of other names, shapes, types or values.
-        strategy: the strategy, for a file whose own could not be written as data.
+        check_base: refuse a file that was made for a base with other names, shapes, dtypes or values.
+        strategy: the strategy, for a file that has none because it could not be written as data.
 
     Returns:
-        The adapted model as it was saved: same outputs, in the training mode of `model`.
+        The adapted model, with the outputs that it had when it was saved, in the training mode of `model`.
 
     Raises:
         FileError: if the file is missing, truncated or no adapter file; if it was made for another base; if its tensors do
@@ -95,14 +88,14 @@ def load_adapter(
 def contents(
     base: FrozenBase, path: str | os.PathLike[str], *, check_base: bool = True, strategy: Any = None, owned: bool = False
 ) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of an adapter file, and its strategy, or the one that is given.
+    """The tensors of an adapter file, and its strategy.
 
     Args:
-        base: what the adapter is for.
+        base: the base that the adapter is for.
         path: the file.
         check_base: refuse a file that was made for another base.
-        strategy: in the place of the file's own.
-        owned: read the tensors into memory of their own; otherwise they lie in the file's pages.
+        strategy: used instead of the file's own.
+        owned: read the tensors into memory of their own; otherwise the file is mapped.
 
     Raises:
         FileError: if the file is missing, damaged or no adapter file, or made for another base.
@@ -110,7 +103,7 @@ def contents(
     tensors, header = _read(Path(path), owned)
     rules = _strategy(header, path) if strategy is None else strategy
     if check_base:
-        _check_base(header["base"], base.fingerprint(), path)
+        _check_fingerprint(header["base"], base.fingerprint(), path)
     return tensors, rules
 
 
@@ -124,22 +117,17 @@ def _strategy(header: Mapping[str, Any], path: str | os.PathLike[str]) -> Strate
     return Strategy.from_dict(data)
 
 
-def _check_base(saved: Mapping[str, str], found: Mapping[str, str], path: str | os.PathLike[str]) -> None:
-    told = "Load it on the base it was made for, or pass check_base=False."
+def _check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+    hint = "Load it on the base it was made for, or pass check_base=False."
     if saved.get("structure") != found["structure"]:
-        raise FileError(f"{os.fspath(path)} was made for another base: parameter names, shapes or element types differ. {told}")
+        raise FileError(f"{os.fspath(path)} was made for another base: parameter names, shapes or element types differ. {hint}")
     if saved.get("values") and found["values"] and saved["values"] != found["values"]:
-        raise FileError(f"{os.fspath(path)} was made for another base: names and shapes agree, the values differ. {told}")
+        raise FileError(f"{os.fspath(path)} was made for another base: names and shapes agree, the values differ. {hint}")
 
 
 def _read(path: Path, owned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
-    try:
-        tensors, metadata = copied(path) if owned else mapped(path)
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
-    text = metadata.get(KEY)
+    tensors, metadata = safetensors_io.read(path, copy=owned)
+    text = metadata.get(FILE_KEY)
     if text is None:
         raise FileError(f"{path} is a safetensors file, but not one of save_adapter")
     try:
@@ -147,30 +135,6 @@ def _read(path: Path, owned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         version, _, _ = header["version"], header["strategy"], header["base"]["structure"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{path} has an unreadable header, so it was changed after it was saved: {error!r}") from None
-    if version != VERSION:
-        raise FileError(f"{path} has format version {version}, this release reads version {VERSION}")
+    if version != FILE_VERSION:
+        raise FileError(f"{path} has format version {version}, this release reads version {FILE_VERSION}")
     return tensors, header
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors refuses two names of one memory."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return found

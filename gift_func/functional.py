@@ -18,11 +18,7 @@ class Adapted(Protocol):
 
     adapter: AdapterDict
 
-    @property
-    def buffer_names(self) -> set[str]:
-        """The dotted names of its buffers."""
-
-    def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def functional_call(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Its forward on any tensors and buffers."""
 
 
@@ -68,6 +64,7 @@ def functional_call(
     tensors = model.adapter.current()
     given: set[str] = set()
     buffers: dict[str, Tensor] = {}
+    names_of_buffers = model.adapter.buffer_names()
     for group in [params] if isinstance(params, Mapping) else params:
         for name, tensor in group.items():
             plain = name
@@ -79,7 +76,7 @@ def functional_call(
             given.add(plain)
             if plain in tensors:
                 tensors[plain] = tensor
-            elif plain in model.buffer_names:
+            elif plain in names_of_buffers:
                 buffers[plain] = tensor
             else:
                 raise StateError(f"the adapter has no {name!r}; {nearest(name, tensors)}")
@@ -87,4 +84,4 @@ def functional_call(
         missing = next(name for name in tensors if name not in given)
         raise StateError(f"strict=True needs every tensor of the adapter, and {missing!r} is missing")
     args = () if args is None else args if isinstance(args, tuple) else (args,)
-    return model.pure(tensors, buffers, args, dict(kwargs or {}))
+    return model.functional_call(tensors, buffers, args, dict(kwargs or {}))

@@ -101,13 +101,13 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         AdaptError: if no action changes or adapts anything, if one returns anything else, or if actions contradict each other.
     """
     if is_pure(caps):
-        body = base.structure.copy(clone)
+        body = base.tree.copy(clone)
         walk = _Walk(body, caps)
         walk.run()
         walk.check_found()
         return Operation(body, walk.placements, {}, changed=False)
-    body = ModuleTree(base.structure.detached(_handed))
-    origins = {id(tensor): name for name, tensor in zip(base.structure.places, _by_name(body).values(), strict=True)}
+    body = ModuleTree(base.tree.detached(_handed))
+    origins = {id(tensor): name for name, tensor in zip(base.tree.places, _by_name(body).values(), strict=True)}
     handed = list(_by_name(body).values())  # a reference to each, so that no new tensor has its id
     versions = {id(tensor): tensor._version for tensor in handed}
     before = _census(body.module)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .adapter import AdaptedParameter
 from .errors import AdaptError
 from .methods import WeightMethod
 from .methods.weight_method import is_by_shape
-from .network.runner import AdaptedParameter
 from .select import Site
 from .strategy import Placement
 

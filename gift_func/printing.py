@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -51,20 +51,26 @@ def summary(base: FrozenBase, rows: Iterable[tuple[str, Method, list[Tensor]]]) 
         base: the frozen base.
         rows: parameter name, method, and the adapter's tensors for it.
     """
-    table = [("parameter", "shape", "method", "trained")]
+    rows_of_table = [("parameter", "shape", "method", "trained")]
     trained, added = 0, 0
     for name, method, tensors in rows:
         own = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
         trained += own
         added += sum(tensor.numel() for tensor in tensors)
         shape = base.weights[name].shape if name in base.weights else tensors[0].shape
-        table.append((name, "x".join(map(str, shape)), str(method) if name in base.weights else "new", f"{own:,}"))
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    lines = [
-        "  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])]) for row in table
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+        rows_of_table.append((name, "x".join(map(str, shape)), str(method) if name in base.weights else "new", f"{own:,}"))
+    lines = [table(rows_of_table)]
     frozen = sum(weight.shape.numel() for weight in base.weights.values())
     whole = frozen + added
-    lines.append(f"trained: {trained:,} parameters of {whole:,} ({trained / max(whole, 1):.3%}), in {len(table) - 1} places")
+    lines.append(
+        f"trained: {trained:,} parameters of {whole:,} ({trained / max(whole, 1):.3%}), in {len(rows_of_table) - 1} places"
+    )
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as an aligned table, the first of them its head and the last column numbers."""
+    *widths, last = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([*map(str.ljust, row, widths), row[-1].rjust(last)]) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in (*widths, last)))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which parameters: sites, and selectors that compose with `&`, `|` and `~`."""
+"""Sites, which are parameters with their places in a model, and selectors of them, which compose with `&`, `|` and `~`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .errors import AdaptError
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A parameter and where it stands.
+    """A parameter and its place in a model.
 
     Attributes:
         name: the parameter's dotted name, e.g. `"layers.0.weight"`.
@@ -35,7 +35,7 @@ class Site:
 
 
 class Selector(ABC):
-    """A rule's left side: says of every site whether it is meant."""
+    """A function that says for every site whether it is selected, and that can be written as plain data."""
 
     @abstractmethod
     def __call__(self, site: Site) -> bool:
@@ -43,7 +43,7 @@ class Selector(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The selector as plain data, which `from_dict` reads back."""
+        """The selector as plain data, from which `from_dict` makes it again."""
 
     def __and__(self, other: Selector | Callable[[Site], bool]) -> Selector:
         return And(self, as_selector(other))
@@ -101,7 +101,7 @@ class Regex(Selector):
 
 @dataclass(frozen=True)
 class Type(Selector):
-    """A module's class or a subclass of it, held by qualified name so that it is plain data."""
+    """Classes of modules, subclasses included, by qualified name, so that the selector is plain data."""
 
     classes: tuple[str, ...]
 
@@ -134,7 +134,7 @@ class ParameterName(Selector):
 
 @dataclass(frozen=True)
 class Function(Selector):
-    """Any function of a site. It cannot be written as data."""
+    """Any function of a site, which cannot be written as data."""
 
     function: Callable[[Site], bool]
 
@@ -153,7 +153,7 @@ class Function(Selector):
 
 @dataclass(frozen=True)
 class And(Selector):
-    """Both."""
+    """The sites that both selectors select."""
 
     left: Selector
     right: Selector
@@ -170,7 +170,7 @@ class And(Selector):
 
 @dataclass(frozen=True)
 class Or(Selector):
-    """Either."""
+    """The sites that at least one of two selectors selects."""
 
     left: Selector
     right: Selector
@@ -187,7 +187,7 @@ class Or(Selector):
 
 @dataclass(frozen=True)
 class Not(Selector):
-    """The others."""
+    """The sites that a selector does not select."""
 
     inner: Selector
 
@@ -232,12 +232,12 @@ def qualified(kind: type) -> str:
 
 @lru_cache(maxsize=1024)
 def _descends(kind: type, names: tuple[str, ...]) -> bool:
-    """Whether one of these is the qualified name of a class or of one that it is derived from."""
+    """Whether the qualified name of a class, or of one of its bases, is among these."""
     return any(qualified(ancestor) in names for ancestor in kind.__mro__)
 
 
 def as_selector(value: Selector | str | Callable[[Site], bool]) -> Selector:
-    """A glob or a function as a selector; a selector as it is.
+    """A glob or a function as a selector; a selector is returned unchanged.
 
     Raises:
         TypeError: for anything else.
@@ -252,10 +252,10 @@ def as_selector(value: Selector | str | Callable[[Site], bool]) -> Selector:
 
 
 def from_dict(data: Mapping[str, Any]) -> Selector:
-    """Read back what `Selector.to_dict` wrote.
+    """The selector that `Selector.to_dict` returned this data for.
 
     Raises:
-        AdaptError: if the data names no selector of this module.
+        AdaptError: if the data describes no selector of this module.
     """
     match dict(data):
         case {"name": str(pattern)}:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapted_model import AdaptedModel
+from .adapter import AdaptedParameter, AdaptedParameters
 from .errors import AdaptError
 from .methods import WeightMethod
 from .network.frozen_base import FrozenBase
 from .network.module_tree import clone
-from .network.runner import AdaptedParameter
 from .strategy import Strategy
 
 _MEANT_BY_RANK = ("rank", "alpha", "rslora", "init", "rank_pattern", "alpha_pattern")
@@ -32,12 +32,12 @@ class Member:
     """What makes of a member's share of a stack a model again.
 
     Attributes:
-        parts: its adapted parameters.
+        parameters: its adapted parameters.
         strategy: its strategy.
         shapes: global name -> the shape of its own tensor.
     """
 
-    parts: tuple[AdaptedParameter, ...]
+    parameters: AdaptedParameters
     strategy: Strategy | None
     shapes: dict[str, torch.Size]
 
@@ -47,14 +47,14 @@ class StackLayout:
     """The places of a stack and what its members make of them.
 
     Attributes:
-        parts: the adapted parameters, with the wide methods.
+        parameters: the adapted parameters, with the wide methods.
         members: one for each.
         gains: global name -> `(N, ...)` factors of the stacked tensor, where members differ in rank or scale.
         stand_ins: global name -> (which members have the place, `(N,)`; what stands for it in the others).
         once: names of the tensors that are frozen and equal in all members, and so are kept once.
     """
 
-    parts: tuple[AdaptedParameter, ...]
+    parameters: AdaptedParameters
     members: tuple[Member, ...]
     gains: dict[str, Tensor]
     stand_ins: dict[str, tuple[Tensor, Tensor]]
@@ -77,37 +77,38 @@ class StackLayout:
         return made
 
     def taken(self, index: Sequence[int]) -> StackLayout:
-        """The recipe of some of the members."""
+        """The layout of some of the members."""
         rows = torch.tensor(index)
         gains = {name: tensor[rows.to(tensor.device)] for name, tensor in self.gains.items()}
         there = {name: (mask[rows.to(mask.device)], base) for name, (mask, base) in self.stand_ins.items()}
         return replace(self, members=tuple(self.members[i] for i in index), gains=gains, stand_ins=there)
 
-    def to(self, like: Mapping[str, Tensor]) -> StackLayout:
-        """The recipe with its tensors where the stacked ones are."""
+    def to(self, base: FrozenBase, like: Mapping[str, Tensor]) -> StackLayout:
+        """The layout on a moved or cast base, with its tensors where the stacked ones are."""
         gains = {name: tensor.to(like[name]) for name, tensor in self.gains.items()}
         there = {name: (mask.to(like[name].device), base.to(like[name])) for name, (mask, base) in self.stand_ins.items()}
-        return replace(self, gains=gains, stand_ins=there)
+        members = tuple(replace(member, parameters=member.parameters.on(base)) for member in self.members)
+        return replace(self, parameters=self.parameters.on(base), members=members, gains=gains, stand_ins=there)
 
 
 def share(models: Sequence[AdaptedModel]) -> tuple[StackLayout, dict[str, nn.Parameter]]:
-    """The recipe of a stack of models, and their tensors stacked.
+    """The layout of a stack of models, and their tensors stacked.
 
     Raises:
         AdaptError: if they cannot share one, with the place and what differs.
     """
-    base = models[0]._body.base
+    base = models[0].frozen_base
     at: dict[str, list[AdaptedParameter | None]] = {}
     for index, model in enumerate(models):
-        for part in model.parts:
+        for part in model.adapted_parameters:
             at.setdefault(part.name, [None] * len(models))[index] = part
-    order = {name: position for position, name in enumerate(models[0]._body.outline.places)}
+    order = {name: position for position, name in enumerate(models[0].copy_pool.outline.places)}
     stacked: dict[str, nn.Parameter] = {}
     once: set[str] = set()
     gains: dict[str, Tensor] = {}
     stand_ins: dict[str, tuple[Tensor, Tensor]] = {}
     places = [_Place(name, at[name], models) for name in sorted(at, key=lambda name: order.get(name, len(order)))]
-    parts = [place.part for place in places]
+    parameters = [place.part for place in places]
     # Those that know where the rank is say what becomes of tensors that companions see too (a bias trained along).
     for place in sorted(places, key=lambda place: not place.axes):
         rows = place.rows(base, stacked)
@@ -123,9 +124,10 @@ def share(models: Sequence[AdaptedModel]) -> tuple[StackLayout, dict[str, nn.Par
         for local, stand_in in place.stand_ins(rows).items():
             stand_ins[place.part.names[local]] = stand_in
     members = tuple(
-        Member(model.parts, model.strategy, {name: tensor.shape for name, tensor in model.adapter.items()}) for model in models
+        Member(model.adapted_parameters, model.strategy, {name: tensor.shape for name, tensor in model.adapter.items()})
+        for model in models
     )
-    return StackLayout(tuple(parts), members, gains, stand_ins, frozenset(once)), stacked
+    return StackLayout(AdaptedParameters(base, parameters), members, gains, stand_ins, frozenset(once)), stacked
 
 
 class _Place:

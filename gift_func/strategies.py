@@ -1,13 +1,12 @@
-"""The seed's strategies by the seed's names: ordered (check, action, parameters) rules for `adapt`.
+"""GIFt's strategies, with GIFt's names: ordered (check, action, parameters) rules for `adapt`.
 
-They are immutable, compare by value, and pickle unless they were given a lambda. Departures from the seed, GIFt, all of
-them where it fell silent or leaked:
+They are immutable, compare by value, and can be pickled unless they contain a lambda. They differ from GIFt's so:
 
-- No default argument is shared between strategies, and nobody's dicts are edited in place.
-- Linear and convolution layers are known by `isinstance`, so subclasses are taken (the `out_proj` of
-  nn.MultiheadAttention, whose class is NonDynamicallyQuantizableLinear), where a compare of class names passes over them.
-- A customized parameter that no rule knows is an error, where the seed warns and goes on.
-- Actions return methods, and the frozen layer stays what it was: no `parent_module` inside a layer of our own.
+- No default argument is shared between strategies, and dicts that are passed are not changed.
+- Linear and convolution layers are found by `isinstance`, so subclasses are included (the `out_proj` of
+  nn.MultiheadAttention, whose class is NonDynamicallyQuantizableLinear), which a comparison of class names leaves out.
+- A customized parameter that no rule has is an error; GIFt warns.
+- Actions return methods, and the frozen layer is not changed: no layer of ours contains a `parent_module`.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ Paras = Mapping[str, Mapping[str, Any]]
 
 
 class FineTuningStrategy(Sequence[Cap]):
-    """Ordered rules, and the parameters of their actions under names, so that these can be read and kept apart.
+    """Ordered rules, and the named parameters of their actions.
 
-    At every module, from outside to inside, the first check that holds has its action run. A check is called with
+    For every module, parents first, the action of the first check that holds is run. A check is called with
     `(parent_module, name, global_name, class_name, layer_obj)`, an action with the same and its parameters.
 
     Args:
-        checks_actions_parnames: rules (check, action) or (check, action, name of its parameters). In the action's place a
-            method may stand, and in the name's a dict of parameters.
+        checks_actions_parnames: rules (check, action) or (check, action, name of its parameters). A method may be given as
+            the action, and a dict of parameters instead of their name.
         default_action_paras: name -> parameters, for every name in the rules.
         customized_action_paras: name -> the parameters that differ from the defaults.
 
@@ -83,7 +82,7 @@ class FineTuningStrategy(Sequence[Cap]):
         self._paras = paras
 
     def paras(self) -> dict[str, dict[str, Any]]:
-        """The parameters of the actions, under their names: a copy."""
+        """A copy of the parameters of the actions, by name."""
         return deepcopy(self._paras)
 
     def checks(self) -> list[Check]:
@@ -118,7 +117,7 @@ class FineTuningStrategy(Sequence[Cap]):
         return merger_strategy([self, other])
 
     def __eq__(self, other: object) -> bool:
-        """Whether the rules and their parameters are equal, however each strategy came about."""
+        """Whether the rules and their parameters are equal, however the strategies were made."""
         return isinstance(other, FineTuningStrategy) and list(self) == list(other) and self._paras == other._paras
 
     __hash__ = None  # type: ignore[assignment]  # parameters may be anything, lists too
@@ -155,14 +154,14 @@ class _Rule:
 def merger_strategy(
     strategies: Sequence[FineTuningStrategy], additional_rules: Iterable[Sequence[Any]] = ()
 ) -> FineTuningStrategy:
-    """One strategy with the rules of several, the first one's first; `a + b` is short for two.
+    """One strategy with the rules of several, in order; `a + b` is short for two.
 
     Args:
-        strategies: what is merged; they stay as they are.
+        strategies: the strategies, which are not changed.
         additional_rules: further rules (check, action) or (check, action, dict of parameters), which come last.
 
     Returns:
-        The merged strategy. Where two have different parameters under one name, the later's are renamed: `lora_paras_2`.
+        The merged strategy. If two have different parameters under one name, the later ones are renamed: `lora_paras_2`.
 
     Raises:
         AdaptError: if there is nothing to merge.
@@ -198,11 +197,11 @@ def merger_strategy(
 class DeBugStrategy(FineTuningStrategy):
     """A strategy that also prints a line whenever a check holds: the rule's index, the names, the class.
 
-    In the seed the actions are left out, since they would change the model. Nothing changes it here, so they run and
+    In GIFt the actions are not run, since they would change the model. Nothing changes it here, so they are run and
     `adapt` returns what it returns for the strategy itself.
 
     Args:
-        strategy: what to look into.
+        strategy: the strategy to observe.
 
     Example:
         >>> import torch, gift_func as gf
@@ -213,12 +212,12 @@ class DeBugStrategy(FineTuningStrategy):
     """
 
     def __init__(self, strategy: FineTuningStrategy) -> None:
-        rules = [(_Told(rule.check, index), rule.action, rule.name) for index, rule in enumerate(strategy._rules)]
+        rules = [(_PrintedCheck(rule.check, index), rule.action, rule.name) for index, rule in enumerate(strategy._rules)]
         super().__init__(rules, strategy._paras)
 
 
 @dataclass(frozen=True)
-class _Told:
+class _PrintedCheck:
     check: Check
     index: int
 
@@ -230,12 +229,12 @@ class _Told:
 
 
 def lora(layer_obj: nn.Module, rank: int, lora_alpha: float | None, lora_dropout: float, train_bias: bool) -> LoRA:
-    """LoRA in the seed's terms."""
+    """LoRA with GIFt's parameters."""
     return LoRA(rank, alpha=lora_alpha, dropout=lora_dropout, train_bias=train_bias, conv="balanced")
 
 
 def svdiff(layer_obj: nn.Module, train_bias: bool) -> Outcome:
-    """SVDiff in the seed's terms: a layer's bias may be trained along with the spectrum of its weight."""
+    """SVDiff with GIFt's parameters: a layer's bias may be trained together with the spectrum of its weight."""
     biased = train_bias and layer_obj._parameters.get("bias") is not None
     return {"weight": SVDiff(), "bias": Full()} if biased else SVDiff()
 
@@ -257,7 +256,7 @@ class LoRALinearFineTuningStrategy(_LoRAStrategy):
     Args:
         rank: the rank of the change, at least 1.
         lora_alpha: the change is scaled by lora_alpha / rank; None means 1.
-        lora_dropout: probability of dropping an input feature on its way into the change, in training.
+        lora_dropout: the probability with which an input feature of the change is zeroed, in training.
         train_bias: also train the layers' biases.
 
     Raises:
@@ -268,7 +267,7 @@ class LoRALinearFineTuningStrategy(_LoRAStrategy):
 
 
 class LoRAConvFineTuningStrategy(_LoRAStrategy):
-    """LoRA on every nn.Conv1d, Conv2d and Conv3d, subclasses included; `conv="balanced"`, as the seed flattens kernels.
+    """LoRA on every nn.Conv1d, Conv2d and Conv3d, subclasses included; `conv="balanced"`, as GIFt flattens kernels.
 
     Arguments and errors are those of `LoRALinearFineTuningStrategy`.
     """
@@ -291,7 +290,7 @@ class LoRAFullFineTuningStrategy(_LoRAStrategy):
 
 
 class LoRAAllFineTuningStrategy(LoRAFullFineTuningStrategy):
-    """The newer name of `LoRAFullFineTuningStrategy`."""
+    """GIFt's newer name of `LoRAFullFineTuningStrategy`."""
 
 
 class _SVDiffStrategy(FineTuningStrategy):
@@ -313,7 +312,7 @@ class SVDiffLinearFineTuningStrategy(_SVDiffStrategy):
 
 
 class SVDiffConvFineTuningStrategy(_SVDiffStrategy):
-    """SVDiff on every nn.Conv1d, Conv2d and Conv3d, subclasses included, the kernels flattened as the seed does.
+    """SVDiff on every nn.Conv1d, Conv2d and Conv3d, subclasses included, with kernels flattened as in GIFt.
 
     The argument is that of `SVDiffLinearFineTuningStrategy`.
     """
@@ -331,7 +330,7 @@ class SVDiffAllFineTuningStrategy(_SVDiffStrategy):
 
 
 class FullFineTuningStrategy(FineTuningStrategy):
-    """Every parameter of every module is trained, the model's own too."""
+    """Trains every parameter of every module, those of the model itself too."""
 
     def __init__(self) -> None:
         super().__init__([(_HasParameters(), a_adapt(Full()))])

@@ -227,7 +227,7 @@ class Strategy:
                     taken[site.name] = index, Placement(site.name, site, method.for_site(site), method, placement)
         ordered = {group[0].name: taken[group[0].name] for group in groups if group[0].name in taken}
         left_out = {name: refusal for name, refusal in left_out.items() if name not in taken}
-        return Explanation(self, groups, base.structure.modules, ordered, added, seen, reasons, left_out)
+        return Explanation(self, groups, base.tree.modules, ordered, added, seen, reasons, left_out)
 
     def place(self, base: FrozenBase, model: nn.Module | None = None) -> tuple[list[Placement], list[ModulePlacement]]:
         """The placements, one for each adapted parameter, and the module placements, one for each host of an added module.
@@ -344,7 +344,7 @@ class Explanation:
 
 def _hosts(base: FrozenBase, model: nn.Module | None, selector: Selector) -> list[Site]:
     """The outermost modules that a selector selects, as sites; never the model itself."""
-    root = base.structure.module if model is None else model
+    root = base.tree.module if model is None else model
     nothing = torch.empty(0)
     found: list[Site] = []
     for name, module in root.named_modules():

@@ -1,4 +1,4 @@
-"""Counts and iterators of parameters, by the seed's names, for plain modules and adapted models alike."""
+"""GIFt's functions that count parameters and iterate over them, for plain modules and adapted models."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that require grad, each once: what an optimizer gets.
 
     Args:
-        model: any module; of an adapted model these are the adapter's.
+        model: any module; for an adapted model these are the adapter's parameters.
     """
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def num_trainable_parameters(model: nn.Module) -> int:
-    """How many numbers training would change.
+    """The number of elements of the parameters that require grad.
 
     Example:
         >>> import torch, gift_func as gf
@@ -33,10 +33,10 @@ def num_trainable_parameters(model: nn.Module) -> int:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers a model holds in its parameters, trained or not.
+    """The number of elements of all parameters, trained or not.
 
     Args:
-        model: any module; an adapted model holds those of its frozen base and of its adapter.
+        model: any module; for an adapted model these are the parameters of its frozen base and of its adapter.
     """
     own = sum(parameter.numel() for parameter in model.parameters())
     if isinstance(model, AdaptedModel):

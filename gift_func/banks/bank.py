@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..adapt import base_of
-from ..adapted_model import AdaptedModel
+from ..adapt import base_of, new_adapter
+from ..adapted_model import AdaptedModel, IncompatibleKeys, check_state
+from ..adapter import Adapter
+from ..adapter_dict import NameSpace
+from ..caching import LRU
 from ..errors import AdaptError, nearest
 from ..methods import Method
-from ..network.frozen_base import BaseView, FrozenBase
-from ..network.modes import Modes, modes_in, modes_of
+from ..network.base_view import BaseView
+from ..network.frozen_base import FrozenBase
+from ..network.modes import Modes, modes_of
 from ..network.module_tree import clone
+from ..printing import table
 from ..strategy import Strategy
 from .compiled import CompiledBank
-from .entry import Adapter, side_by_side
-from .fresh import fresh
-from .keeping import Conversion, Kept
+from .contiguous import lay_side_by_side, side_by_side
 from .mixed_batch import MixedBatchRunner
-from .plan import Batch, arrange
+from .plan import Batch, batch_by_address
 from .samples import numbers_of
 
 Names = Sequence[str | None]
+MODELS = 32
+"""How many adapters that were asked for as models are kept so."""
 
 
-class AdapterBank(Mapping[str, AdaptedModel]):
-    """An immutable mapping from names to adapters on one frozen base.
+class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
+    """Named adapters on one frozen base: an ordinary module whose parameters are exactly the adapters'.
 
     `bank(x, adapters=["fr", None, "de"])` runs every sample with its own adapter in one pass, of any methods and ranks,
     and trains as well as infers: the frozen weights meet all samples in one product each. `bank["fr"]` is the adapter as
-    a model of its own; it holds the bank's very tensors, so what is trained by one is seen by the other.
+    a model of its own; it holds the bank's very tensors, so what is trained by one is seen by the other. Which adapters a
+    bank has never changes: `add`, `remove` and `rename` give another bank that shares tensors with this one. All else is as
+    for any module and acts in place: `train()`, `eval()`, `to()`, `load_state_dict()`, `requires_grad_()`.
 
-    The batch is the leading axis of the network's tensor arguments. It is followed from there through the network, so
-    networks may flatten, transpose or gather it as they like (GPT-2, attention, mixtures of experts); where it gets out
-    of sight at an adapted weight, that is an error and no guess. SampleAxis are ordered by adapter once in a call. Where a pass
-    cannot be shared (modules or statistics of an adapter's own, BatchNorm in training, checkpointing), each adapter's
-    samples take one of their own, with the same results.
+    The batch is the leading axis of the network's tensor arguments. It is tracked from there through the network, so
+    networks may flatten, transpose or gather it as they like (GPT-2, attention, mixtures of experts); where the samples can
+    no longer be told apart at an adapted weight, that is an error and no guess. Rows are ordered by adapter once in a
+    call. Where a pass cannot be shared (modules or statistics of an adapter's own, BatchNorm in training, checkpointing),
+    each adapter's samples take one of their own, with the same results.
 
     A sample's result does not depend on the values of other samples or adapters: not a bit of it changes with them, and
     gradients toward them are exactly zero. Which adapters a batch has, and in what numbers, decides how many rows each
-    product has, so to change that may change results within rounding; so may the first call of a kind, which is followed
-    step by step, against those after it. Threads may use a bank at once. Adapters of one shape share memory, so an
+    product has, so to change that may change results within rounding; so may the first call of a kind, which is tracked,
+    against those after it. Threads may use a bank at once. Adapters of one shape share memory, so an
     optimizer's step on one, while a backward of another is under way, is an error of autograd's; train apart in banks apart.
 
     Args:
@@ -63,7 +70,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         ['french']
     """
 
-    _gathered: CompiledBank | None = None
+    adapters: nn.Module
 
     def __init__(
         self, adapters: Mapping[str, AdaptedModel] | None = None, *, base: nn.Module | FrozenBase | None = None
@@ -71,16 +78,40 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         given = dict(adapters or {})
         for name, model in given.items():
             _check(name, model)
-        if base is None and not given:
+        first = next(iter(given.values()), None)
+        if base is not None:
+            frozen = base_of(base)
+        elif first is not None:
+            frozen = first.frozen_base
+        else:
             raise AdaptError("a bank without adapters needs to know its base: AdapterBank(base=model)")
-        frozen = base_of(base) if base is not None else next(iter(given.values()))._body.base
-        modes = modes_in(next(iter(given.values()))._body) if given else modes_of(frozen.structure)
-        entries = [Adapter.of(model) for model in given.values()]
-        for name, entry in zip(given, entries, strict=True):
-            _check_base(name, frozen, entry.base)
-        self._entries: dict[str, Adapter] = dict(zip(given, side_by_side(entries, frozen), strict=True))
-        self._network = MixedBatchRunner(frozen, modes)
-        self._models = Kept()
+        modes = modes_of(frozen.tree) if first is None else first.copy_pool.current_modes()
+        for name, model in given.items():
+            _check_base(name, frozen, model.frozen_base)
+        values = side_by_side([model.to_adapter() for model in given.values()], frozen)
+        self._set_up(dict(zip(given, values, strict=True)), MixedBatchRunner(frozen, modes))
+
+    @classmethod
+    def of(cls, adapters: Mapping[str, Adapter], base: FrozenBase, modes: Modes | bool = True) -> Self:
+        """A bank of adapters on one frozen base, by their very tensors.
+
+        Args:
+            adapters: the adapters by name, as `side_by_side` lays them.
+            base: the base of all of them.
+            modes: the modes of the network's modules, or the one that all are put in.
+        """
+        return object.__new__(cls)._set_up(adapters, MixedBatchRunner(base, modes))
+
+    def _set_up(self, adapters: Mapping[str, Adapter], runner: MixedBatchRunner) -> Self:
+        super().__init__()
+        self._runner = runner
+        self._models: LRU[Adapter, AdaptedModel] = LRU(MODELS)
+        self._compiled: CompiledBank | None = None
+        self.training = runner.training
+        self.adapters = NameSpace()
+        self._adapters = dict(adapters)
+        self.adapters._modules = {name: adapter.module for name, adapter in self._adapters.items()}
+        return self
 
     # --- as a mapping
 
@@ -90,16 +121,16 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         Raises:
             KeyError: with the nearest names.
         """
-        return self._apart(self._entry(name))
+        return self._apart(self._adapter(name))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._adapters)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._adapters)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._adapters
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -109,10 +140,10 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     def __repr__(self) -> str:
         rows = []
-        for name, entry in self._entries.items():
-            methods = ", ".join(dict.fromkeys(str(part.method) for part in entry.parts))
-            rows.append(f"  {name!r}: {methods} at {len(entry.parts)} places")
-        kind = type(self._network.base.structure.module).__name__
+        for name, adapter in self._adapters.items():
+            methods = ", ".join(dict.fromkeys(str(parameter.method) for parameter in adapter.parameters))
+            rows.append(f"  {name!r}: {methods} at {len(adapter.parameters)} places")
+        kind = type(self.frozen_base.tree.module).__name__
         return "\n".join([f"AdapterBank of {len(self)} on {kind}", *rows])
 
     # --- other banks
@@ -130,14 +161,13 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             AdaptError: if the name is taken, the adapter has another base, or the strategy does not fit.
         """
         _check_name(name)
-        if name in self._entries:
+        if name in self._adapters:
             raise AdaptError(f"the bank has an adapter {name!r} already; remove it first, or give this one another name")
         if isinstance(adapter, (Method, Strategy, Iterable)) and not isinstance(adapter, (nn.Module, str)):
-            return self._like({**self._entries, name: fresh(self._network.base, adapter, generator)})
+            return self._like({**self._adapters, name: new_adapter(self.frozen_base, adapter, generator)})
         _check(name, adapter)
-        entry = Adapter.of(adapter)
-        _check_base(name, self._network.base, entry.base)
-        return self._like({**self._entries, name: side_by_side([entry], self._network.base)[0]})
+        _check_base(name, self.frozen_base, adapter.frozen_base)
+        return self._like({**self._adapters, name: side_by_side([adapter.to_adapter()], self.frozen_base)[0]})
 
     def remove(self, name: str) -> AdapterBank:
         """A bank without one of the adapters, which shares the tensors of the others.
@@ -145,8 +175,8 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         Raises:
             KeyError: with the nearest names.
         """
-        self._entry(name)
-        return self._like({key: entry for key, entry in self._entries.items() if key != name})
+        self._adapter(name)
+        return self._like({key: adapter for key, adapter in self._adapters.items() if key != name})
 
     def rename(self, name: str, new_name: str) -> AdapterBank:
         """A bank in which an adapter goes by another name, in the same place of the order.
@@ -155,38 +185,15 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             KeyError: with the nearest names.
             AdaptError: if the new name is taken or empty.
         """
-        self._entry(name)
-        if new_name in self._entries and new_name != name:
+        self._adapter(name)
+        _check_name(new_name)
+        if new_name in self._adapters and new_name != name:
             raise AdaptError(f"the bank has an adapter {new_name!r} already")
-        if not isinstance(new_name, str) or not new_name:
-            raise AdaptError(f"an adapter's name is a text that is not empty, got {new_name!r}")
-        return self._like({new_name if key == name else key: entry for key, entry in self._entries.items()})
-
-    def train(self, mode: bool = True) -> AdapterBank:
-        """A bank in training mode, or in eval mode, which shares the tensors of this one."""
-        return self._like(self._entries, mode)
-
-    def eval(self) -> AdapterBank:
-        """A bank in eval mode, which shares the tensors of this one."""
-        return self.train(False)
-
-    def to(self, *args: Any, **kwargs: Any) -> AdapterBank:
-        """A bank on another device or of another element type, as `nn.Module.to` has it."""
-        function = Conversion.of(*args, **kwargs)
-        base = self._network.base.apply(function)
-        moved = [entry.apply(function, base) for entry in self._entries.values()]
-        return self._like(
-            dict(zip(self._entries, side_by_side(moved), strict=True)), network=MixedBatchRunner(base, self._network.modes)
-        )
-
-    @property
-    def training(self) -> bool:
-        """Whether the network runs in training mode."""
-        return self._network.training
+        return self._like({new_name if key == name else key: adapter for key, adapter in self._adapters.items()})
 
     # --- calls
 
-    def __call__(self, *args: Any, adapters: Names | Tensor, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapters: Names | Tensor, **kwargs: Any) -> Any:
         """The network on a batch, every sample with its own adapter.
 
         Args:
@@ -204,7 +211,7 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         """
         if torch.compiler.is_compiling():
             return self._prepared(adapters)(torch.as_tensor(adapters), args, kwargs)
-        return self._network.run(self._batch(adapters), args, kwargs, self._apart)
+        return self._runner.run(self._batch(adapters), args, kwargs, self._apart)
 
     def generate(self, *args: Any, adapters: Names | Tensor, **kwargs: Any) -> Any:
         """`generate` of a transformers model on a batch, every sample with its own adapter, by its key-value cache.
@@ -217,12 +224,12 @@ class AdapterBank(Mapping[str, AdaptedModel]):
         Raises:
             AttributeError: if the model has no `generate`.
         """
-        return self._network.run(self._batch(adapters), args, kwargs, self._apart, method="generate")
+        return self._runner.run(self._batch(adapters), args, kwargs, self._apart, method="generate")
 
     def prepare(self) -> AdapterBank:
         """Make ready for `torch.compile`, and return the bank itself: a call in a compiled function is then one graph.
 
-        There `adapters` is an index tensor, and no mix of adapters compiles anew. Every sample runs as a batch of one under
+        There `adapters` is an index tensor, and no mixture of adapters compiles anew. Every sample runs as a batch of one under
         `torch.vmap`, its adapter's tensors gathered from stacks, so the adapters must be such as `gf.stack` takes (ranks,
         scales and places may differ) and the network one that torch can batch: no RNN, no mixture of experts that sorts
         its tokens. Indices are not checked there. Dynamo may warn of tensors that are not leaves; they are the stacks, and
@@ -239,20 +246,27 @@ class AdapterBank(Mapping[str, AdaptedModel]):
             >>> bank(torch.randn(3, 4), adapters=torch.tensor([1, -1, 0])).shape  # or step(x, index)
             torch.Size([3, 2])
         """
-        if not self._entries:
+        if not self._adapters:
             raise AdaptError("a bank without adapters has nothing to choose from by index; compile its base")
-        for name, entry in self._entries.items():
-            if entry.apart:
+        for name, adapter in self._adapters.items():
+            if adapter.why_apart:
                 raise AdaptError(
-                    f"under torch.compile the adapters of a bank share a stack, and {name!r} cannot: {entry.apart}"
+                    f"under torch.compile the adapters of a bank share a stack, and {name!r} cannot: {adapter.why_apart}"
                 )
-        self._gathered = self._network.gathered([self._apart(entry) for entry in self._entries.values()])
+        self._compiled = self._runner.compiled([self._apart(adapter) for adapter in self._adapters.values()])
         return self
 
     @property
     def base(self) -> BaseView:
         """The frozen base, unadapted."""
-        return self._network.view()
+        return self._runner.view()
+
+    @property
+    def frozen_base(self) -> FrozenBase:
+        """The frozen base, as `adapt` takes it for further adapters."""
+        return self._runner.base
+
+    # --- tensors
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all adapters that require grad: what an optimizer gets."""
@@ -260,77 +274,125 @@ class AdapterBank(Mapping[str, AdaptedModel]):
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of all adapters that require grad, as `<adapter>.<global name>`."""
-        for name, entry in self._entries.items():
-            for tensor_name, tensor in entry.tensors.items():
-                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                    yield f"{name}.{tensor_name}", tensor
+        return ((name, tensor) for name, tensor in self._tensors().items() if tensor.requires_grad)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The tensors of all adapters as `<adapter>.<global name>`, detached: what `adapter_state_dict` of each has."""
+        return {name: tensor.detach() for name, tensor in {**self._tensors(), **self._buffers_of_adapters()}.items()}
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
+        """Copy tensors into the adapters' in place, so that an optimizer keeps them.
+
+        Args:
+            state: as `adapter_state_dict` gives it.
+            strict: refuse missing and unknown names; otherwise leave them out and return them.
+
+        Raises:
+            StateError: before anything is written.
+        """
+        known: dict[str, Tensor] = {**self._tensors(), **self._buffers_of_adapters()}
+        left_out = check_state(state, self._tensors(), known, strict)
+        with torch.no_grad():
+            for name, tensor in known.items():
+                if name in state:
+                    tensor.copy_(state[name])
+        return left_out
+
+    def summary(self) -> str:
+        """A table of the adapters: their methods, how many parameters each adapts and trains, and the whole."""
+        rows = [("adapter", "methods", "places", "trained")]
+        for name, adapter in self._adapters.items():
+            methods = ", ".join(dict.fromkeys(str(parameter.method) for parameter in adapter.parameters))
+            trained = sum(tensor.numel() for tensor in adapter.tensors.values() if tensor.requires_grad)
+            rows.append((name, methods, str(len(adapter.parameters)), f"{trained:,}"))
+        return table(rows)
+
+    # --- as a module
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode for all adapters; the user's model is not touched."""
+        super().train(mode)
+        runner = self._runner.in_mode(mode)
+        if runner is not self._runner:
+            self._runner = runner
+            self._models, self._compiled = LRU(MODELS), None
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        base = self.frozen_base.apply(fn)
+        lay_side_by_side(list(self._adapters.values()))
+        moved = {name: adapter.replace_tensors(adapter.tensors, base) for name, adapter in self._adapters.items()}
+        self._set_up(moved, self._runner if base is self.frozen_base else MixedBatchRunner(base, self._runner.modes))
+        return self
 
     # --- inside
 
-    def _like(
-        self, entries: Mapping[str, Adapter], training: bool | None = None, network: MixedBatchRunner | None = None
-    ) -> AdapterBank:
-        made: AdapterBank = object.__new__(type(self))
-        made._entries = dict(entries)
-        if network is None:
-            network = self._network if training is None else self._network.in_mode(training)
-        made._network = network
-        made._models = self._models if network is self._network else Kept()
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{own}": tensor
+            for name, adapter in self._adapters.items()
+            for own, tensor in adapter.tensors.items()
+            if isinstance(tensor, nn.Parameter)
+        }
+
+    def _buffers_of_adapters(self) -> dict[str, Tensor]:
+        return {f"{name}.{own}": buffer for name, adapter in self._adapters.items() for own, buffer in adapter.buffers.items()}
+
+    def _like(self, adapters: Mapping[str, Adapter]) -> AdapterBank:
+        made = object.__new__(type(self))._set_up(adapters, self._runner)
+        made._models = self._models
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank:
-        copied = side_by_side(list(self._entries.values()))
-        for ours, theirs in zip(self._entries.values(), copied, strict=True):
+        copied = side_by_side(list(self._adapters.values()))
+        for ours, theirs in zip(self._adapters.values(), copied, strict=True):
             for name, tensor in ours.tensors.items():
                 theirs.tensors[name].grad = None if tensor.grad is None else clone(tensor.grad)
                 memo[id(tensor)] = theirs.tensors[name]
-        made = memo[id(self)] = self._like(dict(zip(self._entries, copied, strict=True)))
-        made._models = Kept()
+        made = object.__new__(type(self))._set_up(dict(zip(self._adapters, copied, strict=True)), self._runner)
+        memo[id(self)] = made
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        entries = {name: entry.apply(clone, entry.base) for name, entry in self._entries.items()}
-        return _restore, (type(self), self._network.base, self._network.modes, entries)
+        adapters = {name: adapter.apply(clone, adapter.base) for name, adapter in self._adapters.items()}
+        return _restore, (type(self), self.frozen_base, self._runner.modes, adapters)
 
-    def _entry(self, name: str) -> Adapter:
-        found = self._entries.get(name)
+    def _adapter(self, name: str) -> Adapter:
+        found = self._adapters.get(name)
         if found is None:
-            raise KeyError(f"the bank has no adapter {name!r}; {nearest(str(name), self._entries)}")
+            raise KeyError(f"the bank has no adapter {name!r}; {nearest(str(name), self._adapters)}")
         return found
 
     def _batch(self, adapters: Names | Tensor) -> Batch:
         if isinstance(adapters, Tensor):
-            return arrange(self._by_index(adapters))
+            return batch_by_address(self._by_index(adapters))
         if isinstance(adapters, str):
             raise TypeError(f"adapters is a sequence with one name for each sample, got the text {adapters!r}")
-        return arrange([None if name is None else self._entry(name) for name in adapters])
+        return batch_by_address([None if name is None else self._adapter(name) for name in adapters])
 
     def _prepared(self, adapters: Names | Tensor) -> CompiledBank:
-        if self._gathered is None:
+        if self._compiled is None:
             raise AdaptError("a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function")
         if not isinstance(adapters, Tensor):
             raise AdaptError("under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone")
-        return self._gathered
+        return self._compiled
 
     def _by_index(self, index: Tensor) -> list[Adapter | None]:
-        entries, numbers = list(self._entries.values()), numbers_of(index, "adapters")
+        adapters, numbers = list(self._adapters.values()), numbers_of(index, "adapters")
         for number in numbers:
-            if not -1 <= number < len(entries):
-                raise AdaptError(f"there is no adapter {number} in a bank of {len(entries)}; -1 is the base alone")
-        return [None if number < 0 else entries[number] for number in numbers]
+            if not -1 <= number < len(adapters):
+                raise AdaptError(f"there is no adapter {number} in a bank of {len(adapters)}; -1 is the base alone")
+        return [None if number < 0 else adapters[number] for number in numbers]
 
-    def _apart(self, entry: Adapter) -> AdaptedModel:
+    def _apart(self, adapter: Adapter) -> AdaptedModel:
         """What runs one adapter's samples by themselves."""
-        found = self._models.get(entry)
-        return self._models.put(entry, self._network.model(entry)) if found is None else found
+        found = self._models.get(adapter)
+        return self._models.setdefault(adapter, self._runner.model(adapter)) if found is None else found
 
 
-def _restore(kind: type[AdapterBank], base: FrozenBase, modes: Modes, entries: Mapping[str, Adapter]) -> AdapterBank:
-    made: AdapterBank = object.__new__(kind)
-    made._entries = dict(zip(entries, side_by_side(list(entries.values())), strict=True))
-    made._network = MixedBatchRunner(base, modes)
-    made._models = Kept()
-    return made
+def _restore(kind: type[AdapterBank], base: FrozenBase, modes: Modes, adapters: Mapping[str, Adapter]) -> AdapterBank:
+    return kind.of(dict(zip(adapters, side_by_side(list(adapters.values()), base), strict=True)), base, modes)
 
 
 def _check_name(name: object) -> None:

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapted_model import AdaptedModel
+from ..adapter import AdaptedParameters, Adapter
 from ..errors import AdaptError
+from ..network.copy_pool import CopyPool
 from ..network.frozen_base import FrozenBase
-from ..network.module_tree import ModuleTree, clone
+from ..network.module_tree import ModuleTree
 from ..network.runner import Runner
 from ..stack_layout import share
-from .entry import lies_stacked, stacked
+from .contiguous import lies_stacked, stacked
 from .samples import check_size, shared
 
 
@@ -28,28 +30,28 @@ class CompiledBank:
 
     Args:
         base: the frozen base.
-        structure: a private copy of its structure, which is taken.
+        tree: a private copy of its module tree, which becomes this object's.
         models: the bank's adapters; the stacks are of their very tensors.
 
     Raises:
         AdaptError: if they cannot share a stack.
     """
 
-    def __init__(self, base: FrozenBase, structure: ModuleTree, models: Sequence[AdaptedModel]) -> None:
-        plain = AdaptedModel(base, base.structure.copy(clone), (), {}, None).train(structure.module.training)
+    def __init__(self, base: FrozenBase, tree: ModuleTree, models: Sequence[AdaptedModel]) -> None:
+        plain = AdaptedModel(Adapter(AdaptedParameters(base, ()), None, {})).train(tree.module.training)
         try:
-            self.recipe, rows = share([*models, plain])
+            self.layout, rows = share([*models, plain])
         except AdaptError as error:
             raise AdaptError(f"under torch.compile the adapters of a bank must share a stack. {error}") from None
         self.size = len(models)
-        self.body = Runner(base, structure, self.recipe.parts)
-        self.body.bind_base()
-        self.extras = self.recipe.extras()
+        self.runner = Runner(CopyPool(base, tree), self.layout.parameters)
+        self.runner.bind_base()
+        self.extras = self.layout.extras()
         self.once: dict[str, Tensor] = {}
         self._stacks: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {}
         for name, made in rows.items():
-            if name in self.recipe.once:
+            if name in self.layout.once:
                 self.once[name] = made.detach()
                 continue
             own: list[Tensor] = [
@@ -88,8 +90,8 @@ class CompiledBank:
             for place, tensor in zip(mapped, given, strict=True):
                 own[place] = tensor.unsqueeze(0)
             inner_args, inner_kwargs = tree_unflatten(own, spec)
-            tensors = self.recipe.applied({**self.once, **share}, extra)
-            made = self.body.stateful_forward(tensors, {}, inner_args, inner_kwargs, private_buffers=False)[0]
+            tensors = self.layout.applied({**self.once, **share}, extra)
+            made = self.runner.stateful_call(tensors, {}, inner_args, inner_kwargs, private_buffers=False)[0]
             flat, out_spec = tree_flatten(made)
             form.append(([None if isinstance(leaf, Tensor) else leaf for leaf in flat], out_spec))
             return [leaf for leaf in flat if isinstance(leaf, Tensor)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..tracking.replay import DivergedError
-from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, TrackSamples, Untracked, sample_axis_of, tag
 from .plan import Plan, RecordedPath
 from .routing import ApartError
 from .samples import kind_of, rows_out
@@ -27,7 +27,7 @@ INPUTS = {
 
 
 def stepped(steps: Generator[Any, Any, Any], size: int) -> Generator[Any, Any, Any]:
-    """A network's generator, whose samples are followed in each of its steps and not in between."""
+    """A network's generator, whose samples are tracked in each of its steps and not in between."""
     answer: Any = None
     while True:
         try:
@@ -45,10 +45,10 @@ def _untagged(made: Any) -> Any:
 
 
 @contextmanager
-def stepping(module: nn.Module, plan: Plan, mix: Segments) -> Iterator[None]:
+def stepping(module: nn.Module, plan: Plan, segments: Segments) -> Iterator[None]:
     """While `generate` runs: the input of each of its calls of the network is the batch, beams and all.
 
-    A call of a kind that was followed before goes by what that one met.
+    A call of a kind that was tracked before takes the path that was recorded.
     """
     under_way: list[tuple[object, TrackSamples | None]] = []
 
@@ -57,16 +57,16 @@ def stepping(module: nn.Module, plan: Plan, mix: Segments) -> Iterator[None]:
             under_way.append((None, None))
             return args, kwargs
         main = next((kwargs[name] for name in MAIN if isinstance(kwargs.get(name), Tensor)), None)
-        inner = 0 if main is None else main.shape[0] // mix.size
+        inner = 0 if main is None else main.shape[0] // segments.size
         kind = (
             called is module,
             inner,
             *(kind_of([value], None) for value in kwargs.values() if isinstance(value, Tensor)),
             tuple(kwargs),
         )
-        way = plan.ways.get(kind)
-        mix.way, mix.met = None if way is None else way.uses, []
-        if way is not None:
+        path = plan.paths.get(kind)
+        segments.expect(None if path is None else path.uses)
+        if path is not None:
             under_way.append((kind, None))
             return args, kwargs
         given = dict(kwargs)
@@ -74,12 +74,12 @@ def stepping(module: nn.Module, plan: Plan, mix: Segments) -> Iterator[None]:
             dims = INPUTS.get(name)
             if name == "encoder_outputs":
                 leaves, spec = tree_flatten(value)
-                given[name] = tree_unflatten([_by_rows(leaf, 3, mix.size, inner) for leaf in leaves], spec)
+                given[name] = tree_unflatten([_by_rows(leaf, 3, segments.size, inner) for leaf in leaves], spec)
             elif dims is not None:
-                given[name] = _by_rows(value, dims, mix.size, inner)
-            elif isinstance(value, Tensor) and isinstance(rows_of(value), Untracked):
+                given[name] = _by_rows(value, dims, segments.size, inner)
+            elif isinstance(value, Tensor) and isinstance(sample_axis_of(value), Untracked):
                 given[name] = tag(value, None)
-        mode = TrackSamples(mix.size)
+        mode = TrackSamples(segments.size)
         mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         under_way.append((kind, mode))
         return args, given
@@ -88,8 +88,8 @@ def stepping(module: nn.Module, plan: Plan, mix: Segments) -> Iterator[None]:
         kind, mode = under_way.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if mix.met is not None and output is not None and not (mode.decided or mode.answers):
-                plan.ways[kind] = RecordedPath(tuple(mix.met), ())
+            if segments.uses is not None and output is not None and not (mode.depends_on_values or mode.answers):
+                plan.paths[kind] = RecordedPath(tuple(segments.uses), ())
 
     encoder = _encoder_of(module)
     hooks = []
@@ -119,4 +119,4 @@ def _by_rows(value: Any, dims: int, size: int, inner: int) -> Any:
         return value
     if value.ndim == dims and inner and value.shape[0] == size * inner:
         return tag(value, SampleAxis(0, inner))
-    return value if rows_of(value) is None else tag(value, None)
+    return value if sample_axis_of(value) is None else tag(value, None)

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .._torch import lasting_outside
 from ..adapted_model import AdaptedModel
+from ..adapter import Adapter
 from ..errors import AdaptError
-from ..network.fast_path import runs_fused
-from ..network.frozen_base import BaseView, FrozenBase
-from ..network.modes import Modes, modes_in, modes_of, put
+from ..network.base_view import BaseView
+from ..network.copy_pool import CopyPool
+from ..network.fast_path import FastPath
+from ..network.frozen_base import FrozenBase
+from ..network.modes import Modes, modes_of, set_modes
 from ..network.module_tree import ModuleTree, clone
-from ..network.runner import Runner
 from ..tracking.replay import DivergedError, ReplayReads
 from ..tracking.sample_axis import SampleAxis, TrackSamples, tag
 from .arguments import Arguments
 from .compiled import CompiledBank
-from .entry import Adapter
 from .generation import stepped, stepping
 from .plan import Batch, Plan, Plans, RecordedPath
 from .routing import ApartError
@@ -32,63 +34,69 @@ from .segments import Segments
 Found = tuple[list[Any], TreeSpec, Sequence[SampleAxis | None]]
 """The leaves of an output, its tree, and where the samples lie in each of them."""
 
-MOST_STRAYS = 3
-"""After so many calls of a kind that did not go the remembered way, a call of it is always followed."""
+MAX_DIVERGENCES = 3
+"""After so many calls of a kind that left the recorded path, calls of it are always tracked."""
 
 
 class MixedBatchRunner:
-    """The network that a bank's adapters share: private copies of its structure, one for each call under way.
+    """Runs batches whose samples have adapters of their own, on private copies of the network that the adapters share.
 
     Args:
         base: the frozen base.
         modes: the modes that its modules are put in.
 
     Attributes:
-        modes: those that they are in.
+        pool: the private copies.
+        modes: the modes that the modules are in.
+        training: whether the network is in training mode.
+        plans: what is bound for sequences of adapters.
+        statistics: a module whose output for one sample depends on the others, so that it must see one adapter's alone.
     """
 
     def __init__(self, base: FrozenBase, modes: Modes | bool) -> None:
         self.base = base
-        structure = base.structure.copy(clone)
-        put(structure, modes)
-        self.modes = modes_of(structure)
+        tree = base.tree.copy(clone)
+        set_modes(tree, modes)
+        self.modes = modes_of(tree)
         self.training = "" in self.modes
-        self._as_one = modes if isinstance(modes, bool) else None
-        if base.has_plain_modes and self.modes in (frozenset(), frozenset(structure.modules)):
-            self._as_one = self.training
-        self.body = Runner(base, structure, ())
-        self.body.bind_base()
-        self.plans = Plans(base, structure)
-        self.statistics = _uses_statistics(structure)
+        self._one_mode = modes if isinstance(modes, bool) else None
+        if base.has_plain_modes and self.modes in (frozenset(), frozenset(tree.modules)):
+            self._one_mode = self.training
+        self.pool = CopyPool(base, tree)
+        self.plans = Plans(base, tree)
+        self.statistics = _uses_statistics(tree)
+        self._fast_path = FastPath(base, tree, ())
         self._keeps_order = False
 
     def in_mode(self, training: bool) -> MixedBatchRunner:
-        """The same network with all modules in a mode."""
-        return self if self._as_one == training else MixedBatchRunner(self.base, training)
+        """The same network with all modules in one mode."""
+        return self if self._one_mode == training else MixedBatchRunner(self.base, training)
 
-    def model(self, entry: Adapter) -> AdaptedModel:
-        """An adapter as a model of its own."""
+    def model(self, adapter: Adapter) -> AdaptedModel:
+        """An adapter as a model of its own, by the very same tensors."""
         if self.statistics is not None:
-            entry.keep_statistics()
-        made = entry.model().train(self.training)
-        if self._as_one is None and modes_in(made._body) != self.modes:
-            structure = made._body.structure
-            put(structure, self.modes | {name for name in modes_of(structure) if name not in self.body.structure.modules})
-            made._body.bind_between_calls(made.adapter.current())
-        return made
+            adapter.own_statistics()
+        with lasting_outside():
+            pool = adapter.copy_pool()
+            pool.train(self.training)
+            if self._one_mode is None and pool.current_modes() != self.modes:
+                own = {name for name, module in pool.tree.modules.items() if module.training}
+                pool.set_modes(self.modes | (own - self.pool.tree.modules.keys()))
+        return AdaptedModel(adapter, pool)
 
-    def gathered(self, models: Sequence[AdaptedModel]) -> CompiledBank:
+    def compiled(self, models: Sequence[AdaptedModel]) -> CompiledBank:
         """What runs a batch by indices of these adapters in a compiled function."""
-        return CompiledBank(self.base, self.body.structure.copy(clone), models)
+        return CompiledBank(self.base, self.pool.tree.copy(clone), models)
 
     def view(self) -> BaseView:
         """The network without an adapter."""
-        return BaseView(self.base, self.body.structure)
+        return BaseView(self.base, self.pool)
 
     def plain(self, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network, or one of its methods, without an adapter."""
-        with self.body.bound({}, {}, private_buffers=True) as (twin, call):
-            return call.returns(_bound(twin.structure.module, method)(*args, **kwargs))
+        self.base.watch()
+        with self.pool.checkout(self._fast_path.bindings({}, ()), {}, private_buffers=True) as (copy, call):
+            return call.returns(_bound(copy.tree.module, method)(*args, **kwargs))
 
     def run(
         self,
@@ -111,15 +119,15 @@ class MixedBatchRunner:
             AdaptError: if the arguments are not such a batch, or its samples cannot be told apart at a weight.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        check_size(leaves, len(batch.entries))
+        check_size(leaves, len(batch.adapters))
 
-        def alone(entry: Adapter | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.plain(method, args, kwargs) if entry is None else _bound(model_of(entry), method)(*args, **kwargs)
+        def alone(adapter: Adapter | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.plain(method, args, kwargs) if adapter is None else _bound(model_of(adapter), method)(*args, **kwargs)
 
-        distinct = set(batch.entries)
+        distinct = dict.fromkeys(batch.adapters)
         if len(distinct) <= 1:
             return alone(next(iter(distinct), None), args, kwargs)
-        if self.statistics is None and not any(entry is not None and entry.apart for entry in distinct):
+        if self.statistics is None and not any(adapter is not None and adapter.why_apart for adapter in distinct):
             try:
                 return self._together(batch, leaves, spec, method)
             except ApartError:
@@ -127,86 +135,86 @@ class MixedBatchRunner:
         return _one_by_one(batch, leaves, spec, alone, method, None if method is None else self._padding(kwargs))
 
     def _together(self, batch: Batch, leaves: Sequence[Any], spec: TreeSpec, method: str | None) -> Any:
-        size = len(batch.entries)
+        size = len(batch.adapters)
         given = Arguments.of(leaves, spec, size)
-        as_given = self._keeps_order if method is None else self._tells(given.whole()[1])
-        order = torch.tensor(batch.order) if given.allow(batch.order) and not as_given else None
-        runs = batch.runs(ordered=order is not None)
-        plan = self.plans.of([entry for entry, _ in runs], self.modes)
-        if plan.apart or (plan.fused and runs_fused(self.body.structure, ())):
+        keeps_order = self._keeps_order if method is None else self._returns_order(given.whole()[1])
+        order = torch.tensor(batch.order) if given.allow(batch.order) and not keeps_order else None
+        segments = batch.segments(ordered=order is not None)
+        plan = self.plans.of([adapter for adapter, _ in segments], self.modes)
+        if plan.apart or plan.fast_path.is_taken():
             raise ApartError
-        counts = [count for _, count in runs]
+        counts = [count for _, count in segments]
         arguments = given if order is None else given.ordered(order)
         if method is not None:
-            found, out_spec, rows = self._stepping(plan, counts, arguments, method)
+            found, out_spec, axes = self._stepping(plan, counts, arguments, method)
         else:
-            found, out_spec, rows = self._forward(plan, counts, arguments)
+            found, out_spec, axes = self._forward(plan, counts, arguments)
             if order is not None and any(is_opaque(leaf) or is_mixed(leaf) for leaf in found):
                 self._keeps_order = True  # what comes out in an order of ours could not be put back: go by the caller's
                 return self._together(batch, leaves, spec, method)
         back = None if order is None else torch.argsort(order)
-        made = [put_back(leaf, one, back, size) for leaf, one in zip(found, rows, strict=True)]
+        made = [put_back(leaf, one, back, size) for leaf, one in zip(found, axes, strict=True)]
         return tree_unflatten([stepped(leaf, size) if isinstance(leaf, GeneratorType) else leaf for leaf in made], out_spec)
 
     def _forward(self, plan: Plan, counts: Sequence[int], arguments: Arguments) -> Found:
-        """One forward: by tags, or as an earlier call of its kind found."""
-        way = None if arguments.kind is None else plan.ways.get(arguments.kind)
-        if way is None:
-            return self._followed(plan, counts, arguments)
+        """One forward: tracked, or by the path that an earlier call of its kind recorded."""
+        path = None if arguments.kind is None else plan.paths.get(arguments.kind)
+        if path is None:
+            return self._tracked(plan, counts, arguments)
         try:
-            return self._replayed(plan, counts, arguments, way)
+            return self._replayed(plan, counts, arguments, path)
         except DivergedError:
-            plan.ways.pop(arguments.kind, None)
-            plan.strays[arguments.kind] += 1
-            return self._followed(plan, counts, arguments)
+            plan.paths.pop(arguments.kind, None)
+            plan.divergences[arguments.kind] += 1
+            return self._tracked(plan, counts, arguments)
 
-    def _replayed(self, plan: Plan, counts: Sequence[int], arguments: Arguments, way: RecordedPath) -> Found:
-        mix = Segments(counts, way.uses)
+    def _replayed(self, plan: Plan, counts: Sequence[int], arguments: Arguments, path: RecordedPath) -> Found:
+        segments = Segments(counts, path.uses)
         args, kwargs = arguments.whole()
-        with plan.slots(mix) as slots, self.body.checkout(slots, {}, private_buffers=False) as (twin, _):
-            with ReplayReads(way.answers) if way.answers else nullcontext():
-                found, out_spec = tree_flatten(twin.structure.module(*args, **kwargs))
+        with plan.slots(segments) as slots, self.pool.checkout(slots, {}, private_buffers=False) as (copy, _):
+            with ReplayReads(path.answers) if path.answers else nullcontext():
+                found, out_spec = tree_flatten(copy.tree.module(*args, **kwargs))
             tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
-            if mix.met is None or len(mix.met) != len(way.uses) or len(tensors) != len(way.rows):
+            if segments.uses is None or len(segments.uses) != len(path.uses) or len(tensors) != len(path.axes):
                 raise DivergedError
-        rows = iter(way.rows)
-        return found, out_spec, [next(rows) if isinstance(leaf, Tensor) else None for leaf in found]
+        axes = iter(path.axes)
+        return found, out_spec, [next(axes) if isinstance(leaf, Tensor) else None for leaf in found]
 
-    def _followed(self, plan: Plan, counts: Sequence[int], arguments: Arguments) -> Found:
-        mix, kind = Segments(counts), arguments.kind
+    def _tracked(self, plan: Plan, counts: Sequence[int], arguments: Arguments) -> Found:
+        segments, kind = Segments(counts), arguments.kind
         args, kwargs = arguments.tagged()
-        with plan.slots(mix) as slots, self.body.checkout(slots, {}, private_buffers=False) as (twin, call):
-            with TrackSamples(mix.size) as mode:
-                found, out_spec = tree_flatten(call.returns(twin.structure.module(*args, **kwargs)))
-            mix.outlived = call.outlived
-        rows = [rows_out(leaf) for leaf in found]
-        mixed = mix.outlived or mode.decided or any(map(is_mixed, found))
-        if kind is not None and mix.met is not None and not mixed and plan.strays[kind] < MOST_STRAYS:
-            of_output = tuple(one for leaf, one in zip(found, rows, strict=True) if isinstance(leaf, Tensor))
-            plan.ways[kind] = RecordedPath(tuple(mix.met), of_output, tuple(mode.answers))
-        return found, out_spec, rows
+        with plan.slots(segments) as slots, self.pool.checkout(slots, {}, private_buffers=False) as (copy, call):
+            with TrackSamples(segments.size) as mode:
+                found, out_spec = tree_flatten(call.returns(copy.tree.module(*args, **kwargs)))
+            segments.outlived = call.outlived
+        axes = [rows_out(leaf) for leaf in found]
+        mixed = segments.outlived or mode.depends_on_values or any(map(is_mixed, found))
+        if kind is not None and segments.uses is not None and not mixed and plan.divergences[kind] < MAX_DIVERGENCES:
+            of_output = tuple(one for leaf, one in zip(found, axes, strict=True) if isinstance(leaf, Tensor))
+            plan.paths[kind] = RecordedPath(tuple(segments.uses), of_output, tuple(mode.answers))
+        return found, out_spec, axes
 
     def _stepping(self, plan: Plan, counts: Sequence[int], arguments: Arguments, method: str) -> Found:
         """A method that calls the network again and again."""
-        mix = Segments(counts)
+        segments = Segments(counts)
         args, kwargs = arguments.tagged()
         with (
             torch.no_grad(),  # as generate has it: so a call begins in the mode it runs in
-            plan.slots(mix) as slots,
-            self.body.checkout(slots, {}, private_buffers=False) as (twin, _),
-            stepping(twin.structure.module, plan, mix),
+            plan.slots(segments) as slots,
+            self.pool.checkout(slots, {}, private_buffers=False) as (copy, _),
+            stepping(copy.tree.module, plan, segments),
         ):
-            found, out_spec = tree_flatten(getattr(twin.structure.module, method)(*args, **kwargs))
-        return found, out_spec, [_of_samples(leaf, mix.size) for leaf in found]
+            found, out_spec = tree_flatten(getattr(copy.tree.module, method)(*args, **kwargs))
+        return found, out_spec, [_of_samples(leaf, segments.size) for leaf in found]
 
-    def _tells(self, kwargs: dict[str, Any]) -> bool:
-        """Whether `generate` tells more than the tokens: where in a batch of beams each came from, a cache."""
-        config = getattr(self.body.module, "generation_config", None)
+    def _returns_order(self, kwargs: dict[str, Any]) -> bool:
+        """Whether `generate` returns more than tokens: where in a batch of beams each came from, a cache."""
+        config = getattr(self.pool.module, "generation_config", None)
         return bool(kwargs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False)))
 
     def _padding(self, kwargs: dict[str, Any]) -> int:
         """What `generate` fills rows up with that end early."""
-        config = kwargs.get("generation_config") or getattr(self.body.module, "generation_config", None)
+        config = kwargs.get("generation_config") or getattr(self.pool.module, "generation_config", None)
         for name in ("pad_token_id", "eos_token_id"):
             found = kwargs.get(name, getattr(config, name, None))
             if found is not None:
@@ -223,7 +231,7 @@ def _one_by_one(
     fill: int | None,
 ) -> Any:
     """Each adapter's samples by themselves, put together; rows of token ids that end early are filled up."""
-    size = len(batch.entries)
+    size = len(batch.adapters)
     alike = shared(leaves, size)
     if alike is None:
         raise AdaptError(
@@ -231,11 +239,11 @@ def _one_by_one(
             "and these adapters cannot share a pass. Call bank[name](...) with the samples of each."
         )
     groups: dict[Adapter | None, list[int]] = {}
-    for index, entry in enumerate(batch.entries):
-        groups.setdefault(entry, []).append(index)
+    for index, adapter in enumerate(batch.adapters):
+        groups.setdefault(adapter, []).append(index)
     outputs: list[tuple[list[Any], int]] = []
     out_spec = spec
-    for entry, indices in groups.items():
+    for adapter, indices in groups.items():
         rows = torch.tensor(indices)
         given = [
             tag(leaf.index_select(0, rows.to(leaf.device)), SampleAxis(0, 1))
@@ -245,7 +253,7 @@ def _one_by_one(
         ]
         args, kwargs = tree_unflatten(given, spec)
         with TrackSamples(len(indices)):
-            found, this_spec = tree_flatten(alone(entry, args, kwargs))
+            found, this_spec = tree_flatten(alone(adapter, args, kwargs))
         if outputs and this_spec != out_spec:
             raise AdaptError("the outputs differ in form by adapter, so they cannot be put together: call bank[name] for each")
         out_spec = this_spec
@@ -269,9 +277,9 @@ def _of_samples(leaf: Any, size: int) -> SampleAxis | None:
     return SampleAxis(0, leaf.shape[0] // size)
 
 
-def _uses_statistics(structure: ModuleTree) -> str | None:
+def _uses_statistics(tree: ModuleTree) -> str | None:
     """A module whose output for one sample depends on the others: it must see one adapter's samples alone."""
-    for name, module in structure.modules.items():
+    for name, module in tree.modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             return name or "the model"
     return None

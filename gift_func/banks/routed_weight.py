@@ -16,18 +16,18 @@ from .segments import Segments
 from .stacked_weights import StackedWeights
 
 
-class Routed(Weight):
-    """A weight for each run of a batch; as a whole it has a shape, and no value.
+class RoutedWeight(Weight):
+    """A weight for each segment of a batch; as a whole it has a shape, and no value.
 
     Args:
-        members: one for each run.
+        members: one for each segment.
         name: of the parameter, for errors.
     """
 
     def __init__(self, members: Sequence[Weight], name: str) -> None:
         self.members = tuple(members)
         self.name = name
-        self._bundles: dict[int, StackedWeights | Literal[False]] = {}
+        self._stacks: dict[int, StackedWeights | Literal[False]] = {}
         self._low_rank: dict[bool, SegmentedLowRank | Literal[False]] = {}
 
     @property
@@ -49,48 +49,48 @@ class Routed(Weight):
     def requires_grad(self) -> bool:
         return any(member.requires_grad for member in self.members)
 
-    def bundle(self, runs: int) -> StackedWeights | None:
-        """The first runs' weights as one of stacked tensors, if they are alike."""
-        kept = self._bundles.get(runs)
-        if kept is None:
-            kept = self._bundles[runs] = StackedWeights.of(self.members[:runs]) or False
-        return kept or None
+    def stacked(self, segments: int) -> StackedWeights | None:
+        """The first segments' weights as one of stacked tensors, if they are alike."""
+        known = self._stacks.get(segments)
+        if known is None:
+            known = self._stacks[segments] = StackedWeights.of(self.members[:segments]) or False
+        return known or None
 
-    def loops(self, runs: int) -> None:
-        """Remember that torch has no rule for what is done with the bundle."""
-        self._bundles[runs] = False
+    def cannot_stack(self, segments: int) -> None:
+        """Remember that torch has no batching rule for what is done with the stack."""
+        self._stacks[segments] = False
 
     def low_rank(self, transposed: bool = False) -> SegmentedLowRank | None:
-        """The runs' factors in one piece, if all that have any are low-rank changes of one matrix.
+        """The segments' factors in one piece, if all that have any are low-rank changes of one matrix.
 
         Args:
             transposed: of the weight's transpose.
         """
-        kept = self._low_rank.get(transposed)
-        if kept is None or (isinstance(kept, SegmentedLowRank) and not kept.is_good):
-            kept = self._low_rank[transposed] = SegmentedLowRank.of(self.members, transposed) or False
-        return kept or None
+        known = self._low_rank.get(transposed)
+        if known is None or (isinstance(known, SegmentedLowRank) and not known.is_good):
+            known = self._low_rank[transposed] = SegmentedLowRank.of(self.members, transposed) or False
+        return known or None
 
 
 class Placeholder(Slot):
     """What stands in a routed parameter's place in one call. A subclass says what functions do with it.
 
     Attributes:
-        mix: the call's runs.
+        segments: the call's segments.
         route: what a torch function, called with these arguments, does with the placeholders among them.
     """
 
-    weight: Routed
-    mix: Segments
+    weight: RoutedWeight
+    segments: Segments
     route: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
-    def holding(cls, weight: Routed, mix: Segments) -> Self:
+    def holding(cls, weight: RoutedWeight, segments: Segments) -> Self:
         """A new placeholder."""
         plain = Slot.of(weight)
         made = plain.as_subclass(cls)
         made.__dict__.update(plain.__dict__)
-        made.mix = mix
+        made.segments = segments
         return made
 
     @classmethod
@@ -110,11 +110,11 @@ class Placeholder(Slot):
         return f"{type(self).__name__}({self.weight.name!r})"
 
 
-def member(leaf: Any, run: int) -> Any:
-    """What stands for a routed parameter in one run; anything else as it is."""
+def member(leaf: Any, segment: int) -> Any:
+    """What stands for a routed parameter in one segment; anything else as it is."""
     if not isinstance(leaf, Placeholder):
         return leaf
-    weight = leaf.weight.members[run]
+    weight = leaf.weight.members[segment]
     return weight.tensor if isinstance(weight, Dense) else Slot.of(weight)
 
 

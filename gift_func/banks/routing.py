@@ -1,9 +1,9 @@
 """A parameter whose value differs by sample: what each torch function does with one.
 
-The rows of a batch lie in runs, neighbours of one adapter each. A function that meets a routed parameter runs on each
-run's rows with that run's own weight, and the results are put together again: so every function and every method is
-routed, by the rules that hold for a single adapter. A linear layer whose weights are all low-rank does it in one piece.
-Where the rows are is not guessed from shapes: the batch is followed (`tracking.sample_axis`) from the network's input on.
+The rows of a batch lie in segments, neighbours of one adapter each. A function that is given a routed parameter runs on each
+segment's rows with that segment's own weight, and the results are put together again: so every function and every method
+is routed, by the rules of a single adapter. A linear layer whose weights are all low-rank does it in one piece. Where the
+rows are is not guessed from shapes: the batch is tracked (`tracking.sample_axis`) from the network's input on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import AdaptError
 from ..kernels.choice import autocasts
-from ..tracking.sample_axis import SampleAxis, Untracked, rows_of, tag
+from ..tracking.sample_axis import SampleAxis, Untracked, sample_axis_of, tag
 from ..weights import Dense, Slot
 from ..weights.call import current
-from .by_segment import by_experts, by_runs
-from .routed_weight import Placeholder, Routed, member, one_of_equals
+from .by_segment import by_experts, by_segment
+from .routed_weight import Placeholder, RoutedWeight, member, one_of_equals
 from .segments import Segments
 
 _REMEDY = "Give this call samples of one adapter, bank[name](...)."
@@ -42,13 +42,15 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         kwargs = _with_padding_of_samples(kwargs)
     leaves, spec = tree_flatten((args, kwargs))
     slots = [leaf for leaf in leaves if isinstance(leaf, RoutedSlot)]
-    weight, mix = slots[0].weight, slots[0].mix
-    mix.elsewhere()
+    weight, segments = slots[0].weight, slots[0].segments
+    segments.need_tracking()
     _look_for_checkpoints(slots)
     if getattr(func, "__name__", "").endswith("grouped_mm"):
         return by_experts(func, args, kwargs)
     found = [
-        (place, rows_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
+        (place, sample_axis_of(leaf))
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
     ]
     followed = {place: rows for place, rows in found if isinstance(rows, SampleAxis)}
     lost = next((rows for _, rows in found if isinstance(rows, Untracked)), None)
@@ -60,15 +62,15 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         )
     if not followed:
         for place, _ in found:
-            leaf = leaves[place] = one_of_equals(leaves[place], mix.size, 1)
-            if _may_be_of_the_batch(leaf, mix.size):
+            leaf = leaves[place] = one_of_equals(leaves[place], segments.size, 1)
+            if _may_be_of_the_batch(leaf, segments.size):
                 raise AdaptError(
                     f"{weight.name!r} differs by sample, and {name} meets it with a tensor of shape {tuple(leaf.shape)} in "
                     "which the batch cannot be found: it did not come from the network's input by functions that torch "
                     f"shows (numpy or a scripted function hides it). {_REMEDY}"
                 )
-        return _each(func, leaves, spec, mix)
-    return by_runs(func, leaves, spec, followed, mix)
+        return _each(func, leaves, spec, segments)
+    return by_segment(func, leaves, spec, followed, segments)
 
 
 class RoutedSlot(Placeholder):
@@ -80,7 +82,7 @@ class RoutedSlot(Placeholder):
 def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of attention: its padding mask is `(samples, keys)` even where it could not be told in the input."""
     mask = kwargs.get("key_padding_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and rows_of(mask) is None and mask.stride(0) != 0:
+    if isinstance(mask, Tensor) and mask.ndim == 2 and sample_axis_of(mask) is None and mask.stride(0) != 0:
         return {**kwargs, "key_padding_mask": tag(mask, SampleAxis(0, 1))}
     return kwargs
 
@@ -97,11 +99,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transpose
     """The layer in one piece, or None where its weights are not all low-rank."""
     if not isinstance(weight, RoutedSlot) or isinstance(input, Slot) or isinstance(bias, Slot) or input.ndim < 2:
         return None
-    runs, mix = weight.weight.low_rank(transposed), weight.mix
-    if runs is None or input.dtype != runs.base.dtype or autocasts(input) or not mix.in_front(weight.weight.name, input):
+    changes, segments = weight.weight.low_rank(transposed), weight.segments
+    if changes is None or input.dtype != changes.base.dtype or autocasts(input) or not segments.lead(weight.weight.name, input):
         return None
     _look_for_checkpoints((weight,))
-    return runs.linear(mix, input, bias)
+    return changes.linear(segments, input, bias)
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
@@ -119,11 +121,11 @@ _PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 }
 
 
-def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, mix: Segments) -> Any:
+def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, segments: Segments) -> Any:
     """The function of routed parameters alone: a routed parameter again."""
     results = []
-    for run in range(len(mix.counts)):
-        own = [member(leaf, run) for leaf in leaves]
+    for index in range(len(segments.counts)):
+        own = [member(leaf, index) for leaf in leaves]
         args, kwargs = tree_unflatten(own, spec)
         results.append(tree_flatten(func(*args, **kwargs)))
     name = next(leaf.weight.name for leaf in leaves if isinstance(leaf, RoutedSlot))
@@ -135,7 +137,7 @@ def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, mix: Segments)
             continue
         values = [flat[place] for flat, _ in results]
         weights = [value.weight if isinstance(value, Slot) else Dense(value) for value in values]
-        made.append(RoutedSlot.holding(Routed(weights, name), mix))
+        made.append(RoutedSlot.holding(RoutedWeight(weights, name), segments))
     return tree_unflatten(made, out_spec)
 
 

@@ -12,8 +12,8 @@ from torch.utils._pytree import TreeSpec
 
 from .._torch import is_transformed
 from ..errors import AdaptError
-from ..tracking.layout import put
-from ..tracking.sample_axis import SampleAxis, Untracked, rows_of
+from ..tracking.layout import set_tag
+from ..tracking.sample_axis import SampleAxis, Untracked, sample_axis_of
 from .routing import RoutedSlot
 
 _PLAIN = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -80,7 +80,7 @@ def is_mixed(leaf: Any) -> bool:
 
 
 def _lost(leaf: Tensor) -> bool:
-    rows = rows_of(leaf)
+    rows = sample_axis_of(leaf)
     return isinstance(rows, Untracked) or (isinstance(rows, SampleAxis) and rows.owners is not None)
 
 
@@ -95,7 +95,7 @@ def put_back(leaf: Any, rows: SampleAxis | None, back: Tensor | None, size: int)
     """
     if not isinstance(leaf, Tensor):
         return leaf
-    put(leaf, None)
+    set_tag(leaf, None)
     return leaf if back is None or rows is None else _reordered(leaf, rows, back, size)
 
 
@@ -107,7 +107,7 @@ def rows_out(leaf: Any) -> SampleAxis | None:
     """
     if isinstance(leaf, RoutedSlot):
         raise AdaptError(f"the network returns its parameter {leaf.weight.name!r}, which differs by sample in this batch")
-    rows = rows_of(leaf) if isinstance(leaf, Tensor) else None
+    rows = sample_axis_of(leaf) if isinstance(leaf, Tensor) else None
     return rows if isinstance(rows, SampleAxis) else None
 
 
@@ -149,10 +149,10 @@ def merged(parts: Sequence[tuple[Any, int]], back: Tensor, fill: int | None = No
         return _the_one(parts)
     if fill is not None and first.ndim == 2 and not first.is_floating_point():
         length = max(leaf.shape[1] for leaf, _ in parts)
-        rows = [rows_of(leaf) for leaf, _ in parts]
+        rows = [sample_axis_of(leaf) for leaf, _ in parts]
         parts = [(F.pad(leaf, (0, length - leaf.shape[1]), value=fill), count) for leaf, count in parts]
         for (leaf, _), known in zip(parts, rows, strict=True):
-            put(leaf, known)
+            set_tag(leaf, known)
     found = {_rows_of_part(leaf, count) for leaf, count in parts}
     pair = found.pop()
     if found or pair is None:
@@ -179,7 +179,7 @@ def _the_one(parts: Sequence[tuple[Any, int]]) -> Any:
 
 def _rows_of_part(leaf: Tensor, count: int) -> tuple[int, int] | None:
     """Axis and number of neighbours of each sample in an output; None if they cannot be told."""
-    rows = rows_of(leaf)
+    rows = sample_axis_of(leaf)
     if isinstance(rows, SampleAxis) and rows.owners is None and leaf.shape[rows.axis] % (count * rows.inner) == 0:
         return rows.axis, rows.inner
     plain = leaf.ndim > 0 and leaf.shape[0] == count and list(leaf.shape).count(count) == 1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .._torch import lasting_outside
 from ..kernels.mixed_linear import mixed_linear
 from ..weights import Dense, LowRank, Weight
-from .entry import stacked
+from .contiguous import stacked
 from .segments import Segments
 
 
@@ -21,7 +21,7 @@ class SegmentedLowRank:
 
     Args:
         base: W, `(out, in)`.
-        changes: the runs' weights, those without a change left out.
+        changes: the segments' weights, those without a change left out.
 
     Attributes:
         left: B, `(K, out, r)`; of smaller ranks, filled up with zeros.
@@ -56,10 +56,10 @@ class SegmentedLowRank:
         whole = isinstance(self.left, nn.Parameter) and isinstance(self.right, nn.Parameter)
         return whole or (self._read_versions() == self._versions and not (self._copied and torch.is_grad_enabled()))
 
-    def linear(self, mix: Segments, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ W_n.mT + bias`, n the run of the row of x, which lie along its first axis in order."""
+    def linear(self, segments: Segments, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ W_n.mT + bias`, n the segment of the row of x, which lie along its first axis in order."""
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        sizes = mix.sizes(len(self._changes), flat.shape[0])
+        sizes = segments.sizes(len(self._changes), flat.shape[0])
         y = mixed_linear(flat, self.base, bias, self.left, self.right, self.scale, sizes)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 

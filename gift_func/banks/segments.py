@@ -1,4 +1,4 @@
-"""How the samples of one call are divided among adapters, and where in the network their rows were met."""
+"""How the samples of one call are divided among adapters, and which routed weights the call has used so far."""
 
 from __future__ import annotations
 
@@ -9,77 +9,85 @@ import torch
 from torch import Tensor
 
 from ..tracking.replay import DivergedError
-from ..tracking.sample_axis import SampleAxis, rows_of
+from ..tracking.sample_axis import SampleAxis, sample_axis_of
 
 Use = tuple[str, int, int]
 
 
 class Segments:
-    """The runs of one call: neighbouring samples of one adapter each.
+    """The segments of one call: neighbouring samples of one adapter each.
 
-    The first call of a kind is followed by tags. Where all its routed weights met rows that lie in front, it is remembered
-    which weights met inputs of how many dimensions, and in which order; a later call of the same kind that goes the same
-    way, with as many rows in front, needs no tags.
+    The first call of a kind is tracked. If all its routed weights were applied to tensors with the samples along the first
+    axis, it is recorded which weights were used, in which order, on tensors of how many dimensions. A later call of the same
+    kind that uses the same weights in the same order needs no tracking.
 
     Args:
-        counts: how many samples each run has, in order.
-        way: what an earlier call of the same kind met; None to go by tags.
+        counts: how many samples each segment has, in order.
+        expected: the uses that an earlier call of the same kind recorded; None for a call that is tracked.
 
     Attributes:
         size: the number of samples.
-        even: how many runs are as long as the first, up to the first that is not.
-        met: what this call met so far; None once it met rows that lie elsewhere.
+        even: how many segments are as long as the first, up to the first that is not.
+        uses: the uses so far; None once a weight was applied to samples that lie elsewhere.
         outlived: whether the network runs on after the call, its forward being a generator.
     """
 
-    def __init__(self, counts: Sequence[int], way: Sequence[Use] | None = None) -> None:
+    def __init__(self, counts: Sequence[int], expected: Sequence[Use] | None = None) -> None:
         self.counts = tuple(counts)
         self.size = sum(counts)
-        self.way = way
-        self.met: list[Use] | None = []
+        self.expected = expected
+        self.uses: list[Use] | None = []
         self.outlived = False
         self.even = next((i for i, count in enumerate(counts) if count != counts[0]), len(self.counts))
         self._ends = list(accumulate(counts))
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def run_of(self, owners: Tensor) -> Tensor:
-        """The run that each of these samples belongs to."""
+    def expect(self, uses: Sequence[Use] | None) -> None:
+        """Begin anew: with the uses of an earlier call, or None for one that is tracked."""
+        self.expected, self.uses = uses, []
+
+    def segment_of(self, owners: Tensor) -> Tensor:
+        """The segment that each of these samples belongs to."""
         return torch.bucketize(owners.contiguous(), torch.tensor(self._ends, device=owners.device), right=True)
 
-    def in_front(self, name: str, x: Tensor) -> bool:
-        """Whether the samples lie along the first axis of what a weight meets, in order.
+    def lead(self, name: str, x: Tensor) -> bool:
+        """Record that a weight is applied to a tensor, and tell whether the samples lie along its first axis, in order.
 
         Raises:
-            DivergedError: if the call does not go the remembered way.
+            DivergedError: if the earlier call used another weight here, or on another kind of tensor.
         """
-        met = self.met
-        if self.way is not None:
-            assert met is not None
-            at = len(met)
-            if at >= len(self.way) or x.shape[0] % self.size or self.way[at] != self._use(name, x):
+        uses = self.uses
+        if self.expected is not None:
+            assert uses is not None
+            at = len(uses)
+            if at >= len(self.expected) or x.shape[0] % self.size or self.expected[at] != self._use(name, x):
                 raise DivergedError
-            met.append(self.way[at])
+            uses.append(self.expected[at])
             return True
-        rows = rows_of(x)
-        found = isinstance(rows, SampleAxis) and rows.axis == 0 and rows.owners is None and x.shape[0] == rows.inner * self.size
+        axis = sample_axis_of(x)
+        found = isinstance(axis, SampleAxis) and axis.axis == 0 and axis.owners is None and x.shape[0] == axis.inner * self.size
         if not found:
-            self.met = None
-        elif met is not None:
-            met.append(self._use(name, x))
+            self.uses = None
+        elif uses is not None:
+            uses.append(self._use(name, x))
         return found
 
-    def elsewhere(self) -> None:
-        """A weight met rows that do not lie in front, or that must be known by tags."""
-        if self.way is not None:
-            raise DivergedError
-        self.met = None
+    def need_tracking(self) -> None:
+        """Record that a weight is used in a way that only a tracked call can serve.
 
-    def sizes(self, runs: int, tokens: int) -> tuple[int, ...]:
-        """How many of `tokens` rows each of the first runs has."""
-        found = self._sizes.get((runs, tokens))
+        Raises:
+            DivergedError: if this call is not tracked.
+        """
+        if self.expected is not None:
+            raise DivergedError
+        self.uses = None
+
+    def sizes(self, segments: int, tokens: int) -> tuple[int, ...]:
+        """How many of `tokens` rows each of the first segments has."""
+        found = self._sizes.get((segments, tokens))
         if found is None:
             each = tokens // self.size
-            found = self._sizes[runs, tokens] = tuple(count * each for count in self.counts[:runs])
+            found = self._sizes[segments, tokens] = tuple(count * each for count in self.counts[:segments])
         return found
 
     def _use(self, name: str, x: Tensor) -> Use:

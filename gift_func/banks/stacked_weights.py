@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..weights import Slot, Weight
-from .entry import stacked
+from .contiguous import stacked
 
 
 class StackedWeights:
@@ -39,7 +39,7 @@ class StackedWeights:
 
     @staticmethod
     def of(members: Sequence[Weight]) -> StackedWeights | None:
-        """The members' bundle; None where their tensors differ in number, shape or type."""
+        """The members' stack; None where their tensors differ in number, shape or type."""
         kinds = [[(leaf.shape, leaf.dtype, leaf.device) for leaf in member.leaves()] for member in members]
         try:
             forms = {_form(member) for member in members}
@@ -51,15 +51,15 @@ class StackedWeights:
 def run_at_once(
     func: Callable[[Sequence[Any]], Any],
     places: dict[int, tuple[Tensor, int]],
-    bundles: dict[int, StackedWeights],
+    stacks: dict[int, StackedWeights],
     leaves: Sequence[Any],
 ) -> Any:
-    """A function under `torch.vmap` over the members of bundles.
+    """A function under `torch.vmap` over the members of stacks.
 
     Args:
         func: of the leaves, some of them replaced.
         places: place of a leaf -> a tensor and the axis of it that is mapped.
-        bundles: place of a leaf -> the weights whose placeholders stand there.
+        stacks: place of a leaf -> the weights whose placeholders stand there.
         leaves: all of them.
 
     Returns:
@@ -68,19 +68,19 @@ def run_at_once(
     Raises:
         RuntimeError: if torch has no batching rule for what the function does.
     """
-    stacks = {place: bundle.tensors() for place, bundle in bundles.items()}
+    tensors_of = {place: stack.tensors() for place, stack in stacks.items()}
 
     def one(parts: dict[int, Tensor], shares: dict[int, list[Tensor]]) -> Any:
         own = list(leaves)
         for place, part in parts.items():
             own[place] = part
-        for place, bundle in bundles.items():
-            own[place] = bundle.slot(shares[place])
+        for place, stack in stacks.items():
+            own[place] = stack.slot(shares[place])
         return func(own)
 
-    dims = ({place: axis for place, (_, axis) in places.items()}, {place: bundle.dims for place, bundle in bundles.items()})
+    dims = ({place: axis for place, (_, axis) in places.items()}, {place: stack.dims for place, stack in stacks.items()})
     tensors = {place: tensor for place, (tensor, _) in places.items()}
-    return torch.vmap(one, in_dims=dims, randomness="different")(tensors, stacks)
+    return torch.vmap(one, in_dims=dims, randomness="different")(tensors, tensors_of)
 
 
 def _form(weight: Weight) -> tuple[Any, ...]:

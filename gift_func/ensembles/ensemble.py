@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..adapted_model import AdaptedModel
+from ..adapted_model import AdaptedModel, IncompatibleKeys, check_state
+from ..adapter import Adapter
 from ..adapter_dict import AdapterDict
 from ..errors import AdaptError
-from ..network.frozen_base import BaseView, FrozenBase
-from ..network.module_tree import Buffers, ModuleTree, clone, copied, named
+from ..methods import Method
+from ..network.base_view import BaseView
+from ..network.copy_pool import CopyPool
+from ..network.frozen_base import FrozenBase
+from ..network.module_tree import ModuleTree, clone, copied, named
 from ..network.runner import Runner
-from ..printing import tree
+from ..printing import summary, tree
 from ..seeding import seeded
 from ..stack_layout import StackLayout
-from .mixed_batch import Members
+from .mixed_batch import MixedMembers
 from .vmap_or_loop import CannotBatchError, Member, batched, one_by_one, without_rule
 
 Tensors = Mapping[str, Tensor]
@@ -48,28 +52,27 @@ class Ensemble(nn.Module):
 
     adapter: AdapterDict
 
-    def __init__(
-        self, base: FrozenBase, structure: ModuleTree | None, recipe: StackLayout, tensors: Parameters, buffers: Tensors
-    ) -> None:
+    def __init__(self, pool: CopyPool, layout: StackLayout, tensors: Parameters, buffers: Tensors) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.layout = layout
         self.chunk_size: int | None = None
         self.randomness: Randomness = "different"
         self.generator: torch.Generator | None = None
-        self._unbatchable = without_rule(structure or base.structure)
+        self.copy_pool = pool
+        self._unbatchable = without_rule(pool.outline)
         self._reasons: dict[tuple[bool, bool, bool], str] = {}
         self.fallback = self._unbatchable
-        self._body = Runner(base, structure, recipe.parts)
         for name, stacked in buffers.items():
             module_name, _, attribute = name.rpartition(".")
-            self._body.buffers[module_name].tensors[attribute] = stacked
-        self._body.bind_base()
+            pool.buffers[module_name].tensors[attribute] = stacked
+        self._runner = Runner(pool, layout.parameters)
+        self._runner.bind_base()
         self._state = tuple(buffers)
         self._alike: dict[str, tuple[Tensor, int, bool]] = {}
         self._view: BaseView | None = None
-        self._members: Members | None = None
-        self.training = self._body.training
-        self.adapter = AdapterDict(tensors, self._body.buffers)
+        self._mixed: MixedMembers | None = None
+        self.training = pool.mode
+        self.adapter = AdapterDict(tensors, pool.buffers)
 
     # --- calls
 
@@ -113,21 +116,16 @@ class Ensemble(nn.Module):
             >>> ens.mix(torch.randn(4, 4), members=[2, 0, None, 2]).shape
             torch.Size([4, 2])
         """
-        given = self._body, self.recipe, self.adapter.current(), {name: self._buffer(name) for name in self._state}
-        found = self._members
-        if found is None or not found.are(*given):
-            found = self._members = Members(*given)
+        given = self.copy_pool, self.layout, self.adapter.current(), {name: self._buffer(name) for name in self._state}
+        found = self._mixed
+        if found is None or not found.are_of(*given):
+            found = self._mixed = MixedMembers(*given)
         with self._drawing():
             return found.run(members, args, kwargs)
 
-    def pure(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def functional_call(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward` on any tensors and buffers; nothing is written to."""
         return self._call(tensors, buffers, args, kwargs, mapped=False)
-
-    @property
-    def buffer_names(self) -> set[str]:
-        """The dotted names of the network's buffers."""
-        return set(named(self._body.buffers))
 
     def _call(
         self, tensors: Tensors, buffers: Tensors | None, args: tuple[Any, ...], kwargs: dict[str, Any], mapped: bool
@@ -135,19 +133,19 @@ class Ensemble(nn.Module):
         leaves, spec = tree_flatten((args, kwargs))
         if mapped:
             self._check_mapped(leaves)
-        writes = buffers is None and self._body.training
+        writes = buffers is None and self.copy_pool.training
         state, fixed = self._states(buffers or {})
-        once = {name: tensors[name] for name in self.recipe.once}
-        own = {name: tensor for name, tensor in tensors.items() if name not in self.recipe.once}
+        once = {name: tensors[name] for name in self.layout.once}
+        own = {name: tensor for name, tensor in tensors.items() if name not in self.layout.once}
 
         def member(
             share: Tensors, extras: Tensors, state: Tensors, given: Sequence[Any]
         ) -> tuple[Any, dict[str, Tensor], bool]:
-            made = self.recipe.applied({**once, **share}, extras)
+            made = self.layout.applied({**once, **share}, extras)
             inner_args, inner_kwargs = tree_unflatten(list(given), spec)
-            return self._body.stateful_forward(made, {**fixed, **state}, inner_args, inner_kwargs, buffers is not None)
+            return self._runner.stateful_call(made, {**fixed, **state}, inner_args, inner_kwargs, buffers is not None)
 
-        stacks = [own, self.recipe.extras(), state]
+        stacks = [own, self.layout.extras(), state]
         with self._drawing():
             made, after = self._run(member, stacks, leaves, mapped)
         if writes:
@@ -162,7 +160,7 @@ class Ensemble(nn.Module):
         if torch.compiler.is_compiling() and self._unbatchable is None:
             return batched(member, stacks, leaves, mapped, self.randomness, len(self), self.chunk_size)
         # What cannot be batched in one mode may be in another: a checkpoint is there in training only.
-        kind = mapped, self._body.training, torch.is_grad_enabled()
+        kind = mapped, self.copy_pool.training, torch.is_grad_enabled()
         reason = self._unbatchable or self._reasons.get(kind)
         if reason is None:
             try:
@@ -192,7 +190,7 @@ class Ensemble(nn.Module):
         state, fixed = {}, {}
         for name in self._state:
             buffer = given.get(name, self._buffer(name))
-            if name in given or self._body.training or not self._is_alike(name, buffer):
+            if name in given or self.copy_pool.training or not self._is_alike(name, buffer):
                 state[name] = buffer.detach().clone() if name not in given else buffer
             else:
                 fixed[name] = buffer[0]
@@ -208,7 +206,7 @@ class Ensemble(nn.Module):
 
     def _buffer(self, name: str) -> Tensor:
         module_name, _, attribute = name.rpartition(".")
-        found = self._body.buffers[module_name].tensors[attribute]
+        found = self.copy_pool.buffers[module_name].tensors[attribute]
         assert found is not None
         return found
 
@@ -218,7 +216,7 @@ class Ensemble(nn.Module):
     # --- members
 
     def __len__(self) -> int:
-        return len(self.recipe.members)
+        return len(self.layout.members)
 
     def __bool__(self) -> bool:
         return True
@@ -241,10 +239,10 @@ class Ensemble(nn.Module):
         rows = torch.tensor(chosen)
         tensors = {}
         for name, tensor in self.adapter.items():
-            picked = clone(tensor) if name in self.recipe.once else tensor.detach()[rows.to(tensor.device)]
+            picked = clone(tensor) if name in self.layout.once else tensor.detach()[rows.to(tensor.device)]
             tensors[name] = nn.Parameter(picked, requires_grad=tensor.requires_grad)
         buffers = {name: self._buffer(name).detach()[rows.to(self._buffer(name).device)] for name in self._state}
-        return self._like(self.recipe.taken(chosen), tensors, buffers)
+        return self._like(self.layout.taken(chosen), tensors, buffers)
 
     def __iter__(self) -> Iterator[AdaptedModel]:
         return (self._member(index) for index in range(len(self)))
@@ -264,34 +262,35 @@ class Ensemble(nn.Module):
         return index % len(self)
 
     def _member(self, index: int) -> AdaptedModel:
-        member = self.recipe.members[index]
-        held = copied(self._body.buffers, {name: self._buffer(name)[index] for name in self._state})
+        member = self.layout.members[index]
+        held = copied(self.copy_pool.buffers, {name: self._buffer(name)[index] for name in self._state})
         tensors = {}
         for name, shape in member.shapes.items():
             tensor = self.adapter[name]
-            share = tensor.detach() if name in self.recipe.once else tensor.detach()[index]
+            share = tensor.detach() if name in self.layout.once else tensor.detach()[index]
             cut = share[tuple(slice(n) for n in shape)].clone()
             tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-        body, structure = self._body, self._structure(held)
-        return body.in_mode(AdaptedModel(body.base, structure, member.parts, tensors, member.strategy, held))
+        # Nobody but the ensemble has its own resting copy in hand, so a network that is the base's is made of the base.
+        pool = self.copy_pool.fork(held, of_base=True)
+        return AdaptedModel(Adapter(member.parameters, member.strategy, tensors), pool)
 
-    def _structure(self, held: Mapping[str, Buffers]) -> ModuleTree | None:
-        """A copy of the structure, or None where that is the base's: nobody but the ensemble has its own in hand."""
-        return None if self._body.pristine else self._body.structure.holding(held)
-
-    def _like(self, recipe: StackLayout, tensors: Parameters, buffers: Tensors) -> Ensemble:
-        body, structure = self._body, self._structure(copied(self._body.buffers))
-        made = body.in_mode(Ensemble(body.base, structure, recipe, tensors, buffers))
+    def _like(self, layout: StackLayout, tensors: Parameters, buffers: Tensors) -> Ensemble:
+        made = Ensemble(self.copy_pool.fork(of_base=True), layout, tensors, buffers)
         made.chunk_size, made.randomness, made.generator = self.chunk_size, self.randomness, self.generator
         return made
 
     # --- parameters
 
     @property
+    def frozen_base(self) -> FrozenBase:
+        """The frozen base, as `adapt` takes it for further adapters."""
+        return self.copy_pool.base
+
+    @property
     def base(self) -> BaseView:
         """The frozen base, unadapted."""
         if self._view is None:
-            self._view = BaseView(self._body.base, self._body.structure)
+            self._view = BaseView(self.frozen_base, self.copy_pool)
         return self._view
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
@@ -302,48 +301,98 @@ class Ensemble(nn.Module):
         """The stacked parameters that require grad, under their global names."""
         return ((name, parameter) for name, parameter in self.adapter.items() if parameter.requires_grad)
 
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Everything that sets the members apart from their base, stacked, under global names, detached.
+
+        Returns:
+            The parameters, the methods' frozen tensors, and the persistent buffers in which a member differs from the base.
+        """
+        state = {name: parameter.detach() for name, parameter in self.adapter.items()}
+        pristine = named(self.frozen_base.tree.held())
+        for name in self._state:
+            buffer = self._buffer(name)
+            if not bool((buffer == pristine[name].to(buffer)).all()):
+                state[name] = buffer.detach()
+        return state
+
+    def load_adapter_state_dict(self, state: Tensors, strict: bool = True) -> IncompatibleKeys:
+        """Copy stacked tensors into the ensemble's in place, so that an optimizer keeps them.
+
+        Args:
+            state: as `adapter_state_dict` gives it. With `strict`, buffers that it does not name become the base's.
+            strict: refuse missing and unknown names; otherwise leave them out and return them.
+
+        Raises:
+            StateError: before anything is written.
+        """
+        buffers = {name: self._buffer(name) for name in self._state}
+        left_out = check_state(state, dict(self.adapter.items()), buffers, strict)
+        pristine = named(self.frozen_base.tree.held()) if strict else {}
+        with torch.no_grad():
+            for name, tensor in {**buffers, **self.adapter}.items():
+                source = state[name] if name in state else pristine.get(name)
+                if source is not None and (name in state or name in buffers):
+                    tensor.copy_(source)
+        return left_out
+
+    def merge(self, index: int) -> nn.Module:
+        """A new plain module with one member's change folded into its weights; see `AdaptedModel.merge`.
+
+        Raises:
+            IndexError: if there is no such member.
+        """
+        return self[index].merge()
+
+    def summary(self) -> str:
+        """A table of the adapted parameters, their methods and sizes, and what all members together train."""
+        rows: list[tuple[str, Method, list[Tensor]]] = []
+        counted: set[str] = set()
+        for parameter in self.layout.parameters:
+            own = [name for name in parameter.names.values() if name not in counted]
+            counted.update(own)
+            rows.append((parameter.name, parameter.method, [self.adapter[name] for name in own]))
+        return f"{len(self)} members\n{summary(self.frozen_base, rows)}"
+
     # --- as a module
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for all members; the user's model is not touched."""
         super().train(mode)
-        self._body.train(mode)
+        self.copy_pool.train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._body.rebase(self._body.base.apply(fn))
-        self._body.bind_base()
-        self.recipe = self.recipe.to(dict(self.adapter.items()))
+        self.layout = self.layout.to(self.frozen_base.apply(fn), dict(self.adapter.items()))
+        self._runner.rebase(self.layout.parameters, {})
         self._view = None
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ensemble:
         tensors = {name: nn.Parameter(clone(p), requires_grad=p.requires_grad) for name, p in self.adapter.items()}
         memo.update({id(parameter): tensors[name] for name, parameter in self.adapter.items()})
-        made = memo[id(self)] = self._like(self.recipe, tensors, {name: clone(self._buffer(name)) for name in self._state})
+        made = memo[id(self)] = self._like(self.layout, tensors, {name: clone(self._buffer(name)) for name in self._state})
         return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         buffers = {name: self._buffer(name) for name in self._state}
         options = (self.chunk_size, self.randomness)
-        structure = ModuleTree(self._body.structure.detached())
-        return _restore, (self._body.base, structure.module, self.recipe, dict(self.adapter.items()), buffers, options)
+        module = self.copy_pool.tree.detached()
+        return _restore, (module, self.layout, dict(self.adapter.items()), buffers, options)
 
     def __repr__(self) -> str:
-        methods = {part.name: part.method for part in self.recipe.parts}
+        methods = {part.name: part.method for part in self.layout.parameters}
         how = "at once" if self.fallback is None else f"one after another: {self.fallback}"
-        return f"Ensemble of {len(self)}, run {how}\n{tree(self._body.outline, methods)}"
+        return f"Ensemble of {len(self)}, run {how}\n{tree(self.copy_pool.outline, methods)}"
 
 
 def _restore(
-    base: FrozenBase,
     module: nn.Module,
-    recipe: StackLayout,
+    layout: StackLayout,
     tensors: dict[str, nn.Parameter],
     buffers: dict[str, Tensor],
     options: tuple[int | None, Randomness],
 ) -> Ensemble:
-    made = Ensemble(base, ModuleTree(module), recipe, tensors, buffers)
+    made = Ensemble(CopyPool(layout.parameters.base, ModuleTree(module)), layout, tensors, buffers)
     made.chunk_size, made.randomness = options
     return made

@@ -9,83 +9,85 @@ import torch
 from torch import Tensor
 
 from .._torch import lasting_outside
-from ..adapted_model import persistent_buffers
-from ..banks.entry import Adapter, own_modules
-from ..banks.keeping import Kept
+from ..adapted_model import AdaptedModel
+from ..adapter import Adapter, brings_modules
 from ..banks.mixed_batch import MixedBatchRunner
-from ..banks.plan import arrange
+from ..banks.plan import batch_by_address
 from ..banks.samples import numbers_of
+from ..caching import LRU
 from ..errors import AdaptError
-from ..network.modes import modes_in
-from ..network.module_tree import ModuleTree, clone
-from ..network.runner import Runner
+from ..network.copy_pool import CopyPool
+from ..network.module_tree import ModuleTree, clone, persistent
 from ..stack_layout import StackLayout
 
 Tensors = Mapping[str, Tensor]
+MODELS = 32
+"""How many members that ran by themselves are kept as models."""
 
 
-class Members:
-    """The members of one ensemble in one state.
+class MixedMembers:
+    """The members of one ensemble in one state, as the adapters of mixed batches.
 
     Args:
-        body: the ensemble's network.
-        recipe: what its members are.
+        pool: the ensemble's network.
+        layout: what its members are.
         tensors: their stacked tensors.
-        buffers: the stacked buffers that they keep.
+        buffers: their own buffers, stacked.
     """
 
-    def __init__(self, body: Runner, recipe: StackLayout, tensors: Tensors, buffers: Tensors) -> None:
-        self._base, self._recipe, self._state = body.base, recipe, _state_of(body, tensors, buffers)
-        self._network = MixedBatchRunner(body.base, modes_in(body))
-        if self._network.statistics is not None:
+    def __init__(self, pool: CopyPool, layout: StackLayout, tensors: Tensors, buffers: Tensors) -> None:
+        self._base, self._layout, self._state = pool.base, layout, _state_of(pool, tensors, buffers)
+        self._runner = MixedBatchRunner(pool.base, pool.current_modes())
+        if self._runner.statistics is not None:
             raise AdaptError(
-                f"{self._network.statistics!r} takes statistics of its batch and keeps them for each member, which a mixed "
+                f"{self._runner.statistics!r} takes statistics of its batch and keeps them for each member, which a mixed "
                 "batch cannot. Call eval() on the ensemble, use its map, or train the members in a gf.AdapterBank."
             )
-        own = own_modules(body.structure, body.base.structure)
-        known = persistent_buffers(body.base.structure)
-        self._entries = []
-        for index, member in enumerate(recipe.members):
+        own = brings_modules(pool.tree, pool.base.tree)
+        known = persistent(pool.base.tree.held())
+        self._adapters = []
+        for index, member in enumerate(layout.members):
             with lasting_outside(), torch.enable_grad():
-                shares = {name: tensors[name] if name in recipe.once else tensors[name][index] for name in member.shapes}
+                shares = {name: tensors[name] if name in layout.once else tensors[name][index] for name in member.shapes}
                 views = {name: _cut(share, member.shapes[name]) for name, share in shares.items()}
             differing = {name: rows[index] for name, rows in buffers.items() if not _is(rows[index], known.get(name))}
-            structure = ModuleTree(body.structure.detached()).copy(clone) if own else None
-            self._entries.append(Adapter(body.base, member.parts, member.strategy, views, differing, structure))
-        self._models = Kept()
+            tree = ModuleTree(pool.tree.detached()).copy(clone) if own else None
+            self._adapters.append(Adapter(member.parameters, member.strategy, views, differing, tree))
+        self._models: LRU[Adapter, AdaptedModel] = LRU(MODELS)
 
-    def are(self, body: Runner, recipe: StackLayout, tensors: Tensors, buffers: Tensors) -> bool:
+    def are_of(self, pool: CopyPool, layout: StackLayout, tensors: Tensors, buffers: Tensors) -> bool:
         """Whether these are the members of an ensemble in this state."""
-        same = self._base is body.base and self._recipe is recipe
-        return same and self._state == _state_of(body, tensors, buffers)
+        same = self._base is pool.base and self._layout is layout
+        return same and self._state == _state_of(pool, tensors, buffers)
 
     def run(self, members: Sequence[int | None] | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network on a batch, sample j by member `members[j]`."""
         if isinstance(members, Tensor):
             members = [None if index == -1 else index for index in numbers_of(members, "members")]
-        return self._network.run(arrange([self._entry(index) for index in members]), args, kwargs, self._apart)
+        batch = batch_by_address([self._adapter(index) for index in members])
+        return self._runner.run(batch, args, kwargs, self._apart)
 
-    def _entry(self, index: int | None) -> Adapter | None:
+    def _adapter(self, index: int | None) -> Adapter | None:
         if index is None:
             return None
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self._entries):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self._adapters):
             raise AdaptError(
-                f"there is no member {index!r} in an ensemble of {len(self._entries)}; members are counted from 0, and None is "
-                "the base alone"
+                f"there is no member {index!r} in an ensemble of {len(self._adapters)}; members are counted from 0, and "
+                "None is the base alone"
             )
-        return self._entries[index]
+        return self._adapters[index]
 
-    def _apart(self, entry: Adapter) -> Callable[..., Any]:
+    def _apart(self, adapter: Adapter) -> Callable[..., Any]:
         """What runs one member's samples by themselves."""
-        found = self._models.get(entry)
-        model = self._models.put(entry, self._network.model(entry)) if found is None else found
-        return lambda *args, **kwargs: model.pure(entry.tensors, {}, args, kwargs)
+        found = self._models.get(adapter)
+        model = self._models.setdefault(adapter, self._runner.model(adapter)) if found is None else found
+        return lambda *args, **kwargs: model.functional_call(adapter.tensors, {}, args, kwargs)
 
 
-def _state_of(body: Runner, tensors: Tensors, buffers: Tensors) -> tuple[object, ...]:
+def _state_of(pool: CopyPool, tensors: Tensors, buffers: Tensors) -> tuple[object, ...]:
     of_tensors = [(name, id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()]
     of_buffers = [(name, id(buffer), buffer._version) for name, buffer in buffers.items()]
-    return modes_in(body), of_tensors, of_buffers
+    return pool.current_modes(), of_tensors, of_buffers
 
 
 def _cut(share: Tensor, shape: torch.Size) -> Tensor:

@@ -95,7 +95,7 @@ class PerMember(Optimizer):
         if not self._parameters:
             raise AdaptError("no parameter of the ensemble requires grad, so there is nothing for an optimizer to train")
         for name in self._parameters:
-            if name in self.ensemble.recipe.once:
+            if name in self.ensemble.layout.once:
                 raise AdaptError(f"{name!r} is frozen and one for all members, so no member can train it. Freeze it again.")
         if any(own.get("differentiable") for own in self._settings):
             raise AdaptError("differentiable=True is not for stacked members; use torch.func with a functional optimizer")
@@ -113,7 +113,7 @@ class PerMember(Optimizer):
         return [Rows({name: self._parameters[name] for name in names}) for names in blocks]
 
     def _viewed(self) -> list[Rows | Views]:
-        members = self.ensemble.recipe.members
+        members = self.ensemble.layout.members
         return [Views(name, p, [member.shapes.get(name) for member in members]) for name, p in self._parameters.items()]
 
     def _leaves(self, index: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ from ..adapt import adapt, base_of
 from ..adapted_model import AdaptedModel
 from ..errors import AdaptError
 from ..network.frozen_base import FrozenBase
-from ..network.module_tree import ModuleTree, persistent
+from ..network.module_tree import persistent
 from ..stack_layout import share
 from .ensemble import Ensemble, Randomness
 
@@ -56,17 +56,14 @@ def stack(
         if not isinstance(member, AdaptedModel):
             raise TypeError(f"stack takes adapted models, and item {index} is a {type(member).__name__}; adapt() makes one")
         _check_alike(members[0], member, index)
-    recipe, tensors = share(members)
-    first = members[0]._body
+    layout, tensors = share(members)
+    first = members[0].copy_pool
     buffers: dict[str, list[Tensor]] = {name: [] for name in persistent(first.buffers)}
     for member in members:
-        own = persistent(member._body.buffers)
+        own = persistent(member.copy_pool.buffers)
         for name, stacked in buffers.items():
             stacked.append(own[name].detach())
-    structure = ModuleTree(first.structure.detached()) if first.is_made else None
-    made = Ensemble(first.base, structure, recipe, tensors, {name: torch.stack(rows) for name, rows in buffers.items()})
-    for mode in first.modes if structure is None else ():
-        made.train(mode)
+    made = Ensemble(first.fork(), layout, tensors, {name: torch.stack(rows) for name, rows in buffers.items()})
     made.chunk_size, made.randomness, made.generator = chunk_size, randomness, generator
     return made
 
@@ -109,14 +106,14 @@ def adapt_ensemble(
 
 
 def _check_alike(first: AdaptedModel, member: AdaptedModel, index: int) -> None:
-    ours, theirs = first._body, member._body
+    ours, theirs = first.copy_pool, member.copy_pool
     if not ours.base.shares_tensors_with(theirs.base):
         raise AdaptError(
             f"member {index} was adapted from another model than member 0. Adapt all of one, whose tensors they then share."
         )
     if ours.base is theirs.base and not ours.is_made and not theirs.is_made and ours.modes == theirs.modes:
         return
-    kinds, others = ({name: type(module) for name, module in body.outline.modules.items()} for body in (ours, theirs))
+    kinds, others = ({name: type(module) for name, module in pool.outline.modules.items()} for pool in (ours, theirs))
     for name in kinds.keys() | others.keys():
         if kinds.get(name) is not others.get(name):
             raise AdaptError(

@@ -1,4 +1,4 @@
-"""Other libraries' files: read them, write them."""
+"""Reading and writing the files of other libraries."""
 
 from . import kohya as kohya
 from . import peft as peft

@@ -8,38 +8,82 @@ the encoder looking at its first layer alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import is_transformed
+from ..weights import Slot, Weight
+from .frozen_base import FrozenBase
 from .module_tree import ModuleTree, join
 
 
-def fused_names(body: ModuleTree, adapted: Collection[str]) -> frozenset[str]:
-    """The adapted parameters that a fused kernel would read."""
-    layers = [module for module in body.modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
+class FastPath:
+    """What torch's fused kernels mean for a network with slots in the places of some parameters.
+
+    Args:
+        base: the frozen base.
+        tree: the network.
+        adapted: names of the adapted parameters.
+
+    Attributes:
+        fused: the names of the slots that a fused kernel would read, in the network's order.
+        guards: names of parameters that must be slots too, lest an encoder with adapted layers packs its batch for
+            unadapted ones.
+    """
+
+    def __init__(self, base: FrozenBase, tree: ModuleTree, adapted: Collection[str]) -> None:
+        known = {*adapted, *base.slots}
+        slots = [name for name in tree.places if name in known]  # in the network's order, whatever order they are given in
+        self._base = base
+        self._tree = tree
+        self.fused = _fused(tree, slots)
+        self.guards = _guards(tree, slots)
+
+    def is_taken(self, tensors: Iterable[Tensor] = ()) -> bool:
+        """Whether a call that begins now, on these adapter tensors, would take the fused kernels if there were no slots."""
+        return (
+            bool(self.fused)
+            and not torch.is_grad_enabled()
+            and not self._tree.module.training
+            and not any(map(is_transformed, tensors))
+        )
+
+    def guarded(self) -> dict[str, Tensor]:
+        """Slots for the guards, by name."""
+        return {name: Slot.of(self._base.weights[name]) for name in self.guards}
+
+    def bindings(self, weights: Mapping[str, Weight], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        """What one call has in the places of parameters: slots, or dense tensors for the fused kernels.
+
+        Args:
+            weights: the structured weights, by the names of adapted parameters.
+            tensors: the adapter tensors that they were made of.
+        """
+        bound = {**self.guarded(), **{name: Slot.of(weight) for name, weight in weights.items()}}
+        if self.is_taken(tensors):
+            for name in (*self.fused, *self.guards):
+                bound[name] = (weights.get(name) or self._base.weights[name]).dense()
+        return bound
+
+
+def _fused(tree: ModuleTree, slots: Collection[str]) -> tuple[str, ...]:
+    layers = [module for module in tree.modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
     if not layers:
-        return frozenset()
+        return ()
     inside = {id(module) for layer in layers for module in layer.modules()}
-    return frozenset(name for name in adapted if any(id(module) in inside for module, _ in body.places[name]))
+    return tuple(name for name in slots if any(id(module) in inside for module, _ in tree.places[name]))
 
 
-def runs_fused(body: ModuleTree, tensors: Collection[Tensor]) -> bool:
-    """Whether a call under way would take the fused kernels if there were no slots."""
-    return not torch.is_grad_enabled() and not body.module.training and not any(map(is_transformed, tensors))
-
-
-def guards(body: ModuleTree, adapted: Collection[str]) -> list[str]:
-    """Parameters that must be slots too, lest an encoder with adapted layers packs its batch for unadapted ones."""
+def _guards(tree: ModuleTree, slots: Collection[str]) -> tuple[str, ...]:
     found: list[str] = []
-    for path, module in body.modules.items():
+    for path, module in tree.modules.items():
         if not isinstance(module, nn.TransformerEncoder):
             continue
-        if not any(f"{name}.".startswith(join(path, "layers.")) for name in adapted):
+        if not any(f"{name}.".startswith(join(path, "layers.")) for name in slots):
             continue
         first = join(path, "layers.0.")
-        if not any(name.startswith(first) for name in adapted):
-            found.extend(name for name in body.places if name.startswith(first))
-    return found
+        if not any(name.startswith(first) for name in slots):
+            found.extend(name for name in tree.places if name.startswith(first))
+    return tuple(found)

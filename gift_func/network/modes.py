@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from .module_tree import ModuleTree
-from .runner import Runner
 
 Modes = frozenset[str]
 """The dotted names of the modules in training mode."""
 
 
-def modes_of(structure: ModuleTree) -> Modes:
-    """The modes that a structure's modules are in."""
-    return frozenset(name for name, module in structure.modules.items() if module.training)
+def modes_of(tree: ModuleTree) -> Modes:
+    """The modes that a tree's modules are in."""
+    return frozenset(name for name, module in tree.modules.items() if module.training)
 
 
-def modes_in(body: Runner) -> Modes | bool:
-    """The modes in which a model runs the modules of its base; or that which all are yet to be put in."""
-    if body.is_undecided:
-        return body.modes[-1]
-    return frozenset(name for name in body.base.structure.modules if name in body.outline.modules and body.trains(name))
-
-
-def put(structure: ModuleTree, modes: Modes | bool) -> None:
-    """Put a structure's modules in modes, or all of them in one as their own `train` has it."""
+def set_modes(tree: ModuleTree, modes: Modes | bool) -> None:
+    """Put each of a tree's modules in its mode, or all of them in one by the network's own `train`."""
     if isinstance(modes, bool):
-        structure.module.train(modes)
+        tree.module.train(modes)
         return
-    for name, module in structure.modules.items():
+    for name, module in tree.modules.items():
         module.training = name in modes

@@ -61,7 +61,7 @@ def lora_plus(
             raise AdaptError(f"{name} is a number of at least {least}, got {name}={value!r}")
     if not weight_decay >= 0:
         raise AdaptError(f"weight_decay is a number of at least 0, got weight_decay={weight_decay!r}")
-    if not any("lora_B" in part.names for part in adapted.parts):
+    if not any("lora_B" in part.names for part in adapted.adapted_parameters):
         raise AdaptError("LoRA+ is about methods that train a lora_B, such as gf.LoRA, and nothing is adapted by one")
     groups: dict[str, dict[str, Any]] = {
         "b": {"params": [], "lr": lr * ratio, "weight_decay": weight_decay},
@@ -69,9 +69,9 @@ def lora_plus(
         "embedding": {"params": [], "lr": embedding_lr, "weight_decay": weight_decay},
         "others": {"params": [], "lr": lr, "weight_decay": weight_decay},
     }
-    places = adapted._body.structure.places
+    places = adapted.copy_pool.outline.places
     seen: set[int] = set()
-    for part in adapted.parts:
+    for part in adapted.adapted_parameters:
         embeds = any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module, _ in places[part.name])
         for local, name in part.names.items():
             parameter = adapted.adapter[name]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapt import readapt
-from ..banks.entry import Adapter
+from ..adapter import AdaptedParameters, Adapter
+from ..caching import LRU
 from ..errors import AdaptError, FileError, StateError
 from ..files import contents
 from ..network.frozen_base import FrozenBase
 from ..network.module_tree import clone
-from ..network.runner import AdaptedParameter
 from ..strategy import Strategy
+
+PLANS = 64
+"""How many strategies are remembered."""
 
 PAGE = 4096
 """Bytes that the system reads at once from a mapped file, or more."""
@@ -29,30 +31,31 @@ class Read:
     """An adapter that was read.
 
     Attributes:
-        entry: its tensors, which require no grad, and what they are for.
+        adapter: its tensors, which require no grad, and what they are for.
         trained: the names of the tensors that require grad where they are trained.
     """
 
-    entry: Adapter
+    adapter: Adapter
     trained: frozenset[str]
 
     @property
     def size(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in (*self.entry.tensors.values(), *self.entry.buffers.values()))
+        return sum(tensor.nbytes for tensor in (*self.adapter.tensors.values(), *self.adapter.buffers.values()))
 
     def copy(self) -> Adapter:
-        """An entry with tensors of its own, which may be written to and trained."""
+        """An adapter with tensors of its own, which may be written to and trained."""
         tensors = {
-            name: nn.Parameter(clone(tensor), requires_grad=name in self.trained) for name, tensor in self.entry.tensors.items()
+            name: nn.Parameter(clone(tensor), requires_grad=name in self.trained)
+            for name, tensor in self.adapter.tensors.items()
         }
-        made = self.entry.on(self.entry.base, tensors)
+        made = self.adapter.replace_tensors(tensors)
         made.buffers = {name: clone(buffer) for name, buffer in made.buffers.items()}
         return made
 
     def touch(self) -> None:
         """Have the system read what is mapped."""
-        for tensor in self.entry.tensors.values():
+        for tensor in self.adapter.tensors.values():
             if tensor.device.type == "cpu":
                 tensor.detach().reshape(-1).view(torch.uint8)[::PAGE].sum()
 
@@ -61,7 +64,7 @@ class Read:
 class _Plan:
     """What a strategy makes of the base."""
 
-    parts: tuple[AdaptedParameter, ...]
+    parameters: AdaptedParameters
     like: dict[str, tuple[torch.Size, torch.device, torch.dtype]]
     trained: frozenset[str]
 
@@ -81,14 +84,11 @@ class Reader:
         mapped: leave tensors in the file's pages, rather than copy them.
     """
 
-    PLANS = 64
-
     def __init__(self, base: FrozenBase, *, check_base: bool, mapped: bool) -> None:
         self.base = base
         self.check_base = check_base
         self.mapped = mapped
-        self._plans: OrderedDict[Strategy, _Plan | None] = OrderedDict()
-        self._lock = threading.Lock()
+        self._plans: LRU[Strategy, _Plan | Literal[False]] = LRU(PLANS)
 
     def read(self, path: str | os.PathLike[str]) -> Read:
         """The adapter in a file.
@@ -98,12 +98,10 @@ class Reader:
         """
         try:
             tensors, strategy = contents(self.base, path, check_base=self.check_base)
-            with self._lock:
-                known = strategy in self._plans
-                plan = self._plans.get(strategy)
-            if not known:
-                plan = self._planned(strategy, tensors)
-            if plan is None or not plan.fits(tensors):
+            plan = self._plans.get(strategy)
+            if plan is None:
+                plan = self._plans.put(strategy, self._planned(strategy, tensors))
+            if not plan or not plan.fits(tensors):
                 return self._in_full(strategy, tensors)
         except (AdaptError, StateError) as error:
             raise FileError(f"{os.fspath(path)} does not fit this model: {error}") from None
@@ -111,23 +109,18 @@ class Reader:
         for name, (_, device, dtype) in plan.like.items():
             found = tensors[name].to(device, dtype, copy=not self.mapped)
             made[name] = nn.Parameter(found, requires_grad=False)
-        return Read(Adapter(self.base, plan.parts, strategy, made, {}, None), plan.trained)
+        return Read(Adapter(plan.parameters, strategy, made), plan.trained)
 
-    def _planned(self, strategy: Strategy, tensors: Mapping[str, Tensor]) -> _Plan | None:
-        """What a strategy makes of the base; None if that includes modules, which each adapter has for itself."""
+    def _planned(self, strategy: Strategy, tensors: Mapping[str, Tensor]) -> _Plan | Literal[False]:
+        """What a strategy makes of the base; False if that includes modules, which each adapter has for itself."""
         model = readapt(self.base, strategy, tensors)
-        plan = None
-        if Adapter.of(model).structure is None:
-            like = {name: (tensor.shape, tensor.device, tensor.dtype) for name, tensor in model.adapter.items()}
-            trained = frozenset(name for name, _ in model.named_trainable_parameters())
-            plan = _Plan(model.parts, like, trained)
-        with self._lock:
-            self._plans[strategy] = plan
-            while len(self._plans) > self.PLANS:
-                self._plans.popitem(last=False)
-        return plan
+        if model.to_adapter().tree is not None:
+            return False
+        like = {name: (tensor.shape, tensor.device, tensor.dtype) for name, tensor in model.adapter.items()}
+        trained = frozenset(name for name, _ in model.named_trainable_parameters())
+        return _Plan(model.adapted_parameters, like, trained)
 
     def _in_full(self, strategy: Strategy, tensors: Mapping[str, Tensor]) -> Read:
         model = readapt(self.base, strategy, tensors)
         trained = frozenset(name for name, _ in model.named_trainable_parameters())
-        return Read(Adapter.of(model.requires_grad_(False)), trained)
+        return Read(model.requires_grad_(False).to_adapter(), trained)

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from ..adapt import base_of
 from ..adapted_model import AdaptedModel
 from ..banks.bank import AdapterBank
-from ..banks.entry import side_by_side
-from ..banks.plan import Batch
+from ..banks.contiguous import side_by_side
+from ..banks.plan import Batch, batch_by_name
 from ..errors import AdaptError, FileError
 from ..files import save_adapter
-from ..network.frozen_base import BaseView, FrozenBase
+from ..network.base_view import BaseView
+from ..network.frozen_base import FrozenBase
 from .byte_cache import ByteBudgetCache, Loaded, StoreCounters
 from .folder import Folder, stamp
 from .reader import Read, Reader
-from .serving import StoreRunner, arrange
+from .serving import StoreRunner
 
 READINGS = 5
 """How often a file that changes while it is read is read again."""
@@ -90,7 +91,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         self._files = Folder(folder, pattern)
         self.folder = Path(folder)
         base = base_of(model)
-        self._serving = StoreRunner(base)
+        self._runner = StoreRunner(base)
         self._reader = Reader(base, check_base=check_base, mapped=mapped)
         self._shelf: ByteBudgetCache[Read] = ByteBudgetCache(budget)
         self._writing = threading.Lock()
@@ -105,7 +106,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
             FileError: if the file is damaged or made for another base.
             AdaptError: if the name leads out of the folder.
         """
-        return self._serving.model(self._read(name).copy())
+        return self._runner.model(self._read(name).copy())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -124,7 +125,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
 
     def __repr__(self) -> str:
         counted = self.counters
-        kind = type(self._serving.base.structure.module).__name__
+        kind = type(self._runner.base.tree.module).__name__
         budget = "" if self.budget is None else f" of {self.budget:,}"
         return (
             f"AdapterStore of {len(self):,} adapters on {kind} in {self.folder}: {counted.resident:,} in memory, "
@@ -149,7 +150,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
             FileError: if a file is damaged or made for another base.
             AdaptError: if there are not as many names as samples, or the samples cannot be told apart at a weight.
         """
-        return self._serving.run(self._batch(adapters), args, kwargs, self._serving.alone)
+        return self._runner.run(self._batch(adapters), args, kwargs, self._runner.alone)
 
     def generate(self, *args: Any, adapters: Sequence[str | None], **kwargs: Any) -> Any:
         """`generate` of a transformers model on a batch, every sample with its own adapter, by its key-value cache.
@@ -162,12 +163,12 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         Raises:
             AttributeError: if the model has no `generate`.
         """
-        return self._serving.run(self._batch(adapters), args, kwargs, self._serving.alone, method="generate")
+        return self._runner.run(self._batch(adapters), args, kwargs, self._runner.alone, method="generate")
 
     @property
     def base(self) -> BaseView:
         """The frozen base, unadapted."""
-        return self._serving.view()
+        return self._runner.view()
 
     def bank(self, names: Iterable[str]) -> AdapterBank:
         """A bank of copies of some adapters, in eval mode: they stay, and train, whatever becomes of their files.
@@ -177,8 +178,8 @@ class AdapterStore(Mapping[str, AdaptedModel]):
             FileError: if a file is damaged or made for another base.
         """
         found = {name: self._read(name).copy() for name in dict.fromkeys(names)}
-        entries = dict(zip(found, side_by_side(list(found.values())), strict=True))
-        return AdapterBank(base=self._serving.base)._like(entries, training=False)
+        adapters = dict(zip(found, side_by_side(list(found.values())), strict=True))
+        return AdapterBank.of(adapters, self._runner.base).eval()
 
     # --- files
 
@@ -211,7 +212,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
             raise TypeError(f"a store holds adapted models, and {name!r} is a {type(adapted).__name__}; adapt() makes one")
         if adapted.strategy is None:
             raise AdaptError(f"{name!r} was made by actions that replaced modules, so no file can say how it is built")
-        if adapted._body.base.fingerprint() != self._serving.base.fingerprint():
+        if adapted.frozen_base.fingerprint() != self._runner.base.fingerprint():
             raise AdaptError(
                 f"{name!r} was adapted from another model than the store's. Adapt the same model, or a copy of it."
             )
@@ -278,7 +279,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
     def _batch(self, adapters: Sequence[str | None]) -> Batch:
         if isinstance(adapters, (str, Tensor)):
             raise TypeError(f"adapters is a sequence with one name for each sample, got {adapters!r}")
-        return arrange(adapters, {name: self._read(name).entry for name in dict.fromkeys(adapters) if name is not None})
+        return batch_by_name(adapters, {name: self._read(name).adapter for name in dict.fromkeys(adapters) if name is not None})
 
     def _read(self, name: str) -> Read:
         path = self._files.path(name)

@@ -1,1 +1,1 @@
-"""Sweeps: many trials trained as one run."""
+"""Sweeps: trials of many hyper-parameters, trained as one run."""

@@ -1,4 +1,4 @@
-"""The batches of a sweep: the same at a step whoever asks for it, and after a resumption too."""
+"""The batches of a sweep: a step's batch is the same for every group, and after resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Data = Iterable[Any] | Callable[[int], Any]
 class Batches:
     """Batches by the number of the step.
 
-    What the data draws from torch's global generator (`DataLoader(shuffle=True)`, an augmentation) follows from the seed
+    torch's global generator, from which data may draw (`DataLoader(shuffle=True)`, an augmentation), is seeded by the seed
     and the step.
 
     Args:
-        data: an iterable, gone through again and again; or a function of the step.
-        seed: of what is drawn.
-        shuffled: go through a sequence in another order each time, which follows from the seed.
+        data: an iterable, which is iterated over repeatedly; or a function of the step.
+        seed: of the random draws.
+        shuffled: iterate over a sequence in another order each time, which depends on the seed.
     """
 
     def __init__(self, data: Data, seed: int, shuffled: bool = False) -> None:
@@ -39,7 +39,7 @@ class Batches:
         self._next = -1
 
     def at(self, step: int) -> tuple[Any, Any]:
-        """The step's inputs and what the loss compares the output with."""
+        """The inputs of a step, and the target that the loss compares the output with."""
         if isinstance(self._data, Sequence):
             batch = self._indexed(self._data, step)
         elif isinstance(self._data, Iterable):
@@ -83,15 +83,15 @@ class Batches:
         return batch
 
 
-def called(network: Callable[..., Any], inputs: Any) -> Any:
-    """The network on a batch's inputs: a mapping's as keywords, a tuple's or list's one by one, else the single one."""
+def call_with(network: Callable[..., Any], inputs: Any) -> Any:
+    """Call a network with a batch's inputs: a mapping as keyword arguments, a tuple or list as arguments, else one argument."""
     if isinstance(inputs, Mapping):
         return network(**inputs)
     return network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
 
 
-def side_by_side(parts: Sequence[Any]) -> Any:
-    """Several members' inputs or targets as one, their tensors stacked.
+def stack_batches(parts: Sequence[Any]) -> Any:
+    """Stack the tensors of several members' inputs or targets.
 
     Raises:
         AdaptError: if they differ in structure or shape.

@@ -1,4 +1,4 @@
-"""The checkpoint of a sweep: one safetensors file, written whole or not at all, from which it goes on."""
+"""A sweep's checkpoint: one safetensors file, written atomically, from which the sweep resumes."""
 
 from __future__ import annotations
 
@@ -8,96 +8,90 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .. import safetensors_io
 from ..errors import FileError
-from ..files import unshared, write_whole
 from ..network.frozen_base import FrozenBase
 from .packing import pack, unpack
 from .training import SweepConfig, SweepRun
 
-KEY = "gift_func.sweep"
-VERSION = 1
+CHECKPOINT_KEY = "gift_func.sweep"
+CHECKPOINT_VERSION = 1
 
 
 def describe(
-    base: FrozenBase, trials: Sequence[Mapping[str, Any]], strategies: Any, groups: Any, plan: SweepConfig, optimizer: Any
+    base: FrozenBase, trials: Sequence[Mapping[str, Any]], strategies: Any, groups: Any, config: SweepConfig, optimizer: Any
 ) -> dict[str, Any]:
-    """What two runs of one sweep have in common, as JSON holds it."""
-    kind = optimizer.func if isinstance(optimizer, partial) else optimizer
-    told = {
-        "steps": plan.steps,
-        "every": plan.every,
-        "max_norm": plan.max_norm,
-        "own_order": plan.own_order,
-        "maximize": plan.maximize,
-        "halving": dict(plan.halving) if isinstance(plan.halving, Mapping) else plan.halving,
-        "optimizer": getattr(kind, "__qualname__", str(kind)),
+    """What must be the same for a sweep to resume, as values that JSON returns unchanged."""
+    optimizer_class = optimizer.func if isinstance(optimizer, partial) else optimizer
+    description = {
+        "steps": config.steps,
+        "every": config.every,
+        "max_norm": config.max_norm,
+        "own_order": config.own_order,
+        "maximize": config.maximize,
+        "halving": dict(config.halving) if isinstance(config.halving, Mapping) else config.halving,
+        "optimizer": getattr(optimizer_class, "__qualname__", str(optimizer_class)),
         "trials": [{key: str(value) for key, value in trial.items()} for trial in trials],
         "strategies": [str(rules) for rules in strategies],
         "groups": groups,
         "base": base.fingerprint(),
     }
-    made: dict[str, Any] = json.loads(json.dumps(told))
+    made: dict[str, Any] = json.loads(json.dumps(description))
     return made
 
 
-def write(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
-    """Write where a sweep stands."""
-    tensors: dict[str, Tensor] = {"losses": course.losses}
-    ended = [pack(dict(state), tensors, f"trial{index}") for index, state in enumerate(course.states)]
-    runs = []
-    for place, run in enumerate(course.runs):
-        state = {"adapter": run.ensemble.state_dict(), "optimizer": run.optimizer.state_dict()}
-        runs.append({"members": run.members, "step": run.step, "state": pack(state, tensors, f"run{place}")})
+def save_checkpoint(path: Path, description: Mapping[str, Any], run: SweepRun) -> None:
+    """Write the state of a run."""
+    tensors: dict[str, Tensor] = {"losses": run.losses}
+    ended = [pack(dict(state), tensors, f"trial{index}") for index, state in enumerate(run.states)]
+    groups = []
+    for place, group in enumerate(run.groups):
+        state = {"adapter": group.ensemble.state_dict(), "optimizer": group.optimizer.state_dict()}
+        groups.append({"members": group.members, "step": group.step, "state": pack(state, tensors, f"run{place}")})
     header = {
-        "version": VERSION,
+        "version": CHECKPOINT_VERSION,
         "sweep": description,
-        "status": course.status,
-        "steps": course.steps,
-        "scores": pack(course.scores, tensors, "scores"),
+        "status": run.status,
+        "steps": run.steps,
+        "scores": pack(run.scores, tensors, "scores"),
         "states": ended,
-        "runs": runs,
+        "runs": groups,
     }
-    write_whole(path, safetensors_bytes(unshared(tensors), {KEY: json.dumps(header)}))
+    safetensors_io.write(path, safetensors_io.to_bytes(tensors, {CHECKPOINT_KEY: json.dumps(header)}))
 
 
-def read(path: Path, description: Mapping[str, Any], course: SweepRun) -> None:
-    """Bring a sweep to where a file says it stood.
+def load_checkpoint(path: Path, description: Mapping[str, Any], run: SweepRun) -> None:
+    """Set a run to the state in a file.
 
     Raises:
-        FileError: if the file is damaged, none of a sweep, or that of another one.
+        FileError: if the file is damaged, no checkpoint of a sweep, or that of another one.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    tensors, metadata = safetensors_io.read(path)
+    text = metadata.get(CHECKPOINT_KEY)
     if text is None:
         raise FileError(f"{path} is a safetensors file, but not the checkpoint of a sweep")
     header = json.loads(text)
-    if header.get("version") != VERSION:
-        raise FileError(f"{path} has format version {header.get('version')}, this release reads version {VERSION}")
+    if header.get("version") != CHECKPOINT_VERSION:
+        raise FileError(f"{path} has format version {header.get('version')}, this release reads version {CHECKPOINT_VERSION}")
     for name, value in description.items():
         if header["sweep"].get(name) != value:
             raise FileError(
                 f"{path} is the checkpoint of another sweep: its {name} differ. Go on with the same arguments, or name another "
                 "file."
             )
-    course.losses.copy_(tensors["losses"])
-    course.status, course.steps = header["status"], header["steps"]
-    course.scores = unpack(header["scores"], tensors)
-    course.states = [unpack(state, tensors) for state in header["states"]]
-    known = {index: run for run in course.runs for index in run.members}
-    course.runs = []
+    run.losses.copy_(tensors["losses"])
+    run.status, run.steps = header["status"], header["steps"]
+    run.scores = unpack(header["scores"], tensors)
+    run.states = [unpack(state, tensors) for state in header["states"]]
+    known = {index: group for group in run.groups for index in group.members}
+    run.groups = []
     for saved in header["runs"]:
-        run = known[saved["members"][0]]
-        run.keep(saved["members"])
+        group = known[saved["members"][0]]
+        group.select(saved["members"])
         state = unpack(saved["state"], tensors)
-        run.ensemble.load_state_dict(state["adapter"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step = saved["step"]
-        course.runs.append(run)
+        group.ensemble.load_state_dict(state["adapter"])
+        group.optimizer.load_state_dict(state["optimizer"])
+        group.step = saved["step"]
+        run.groups.append(group)

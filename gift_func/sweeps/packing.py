@@ -1,4 +1,4 @@
-"""Python values with tensors in them as JSON and a dict of tensors, which a safetensors file can hold; and back."""
+"""Python values that contain tensors as JSON and a dict of tensors, which can be written to a safetensors file; and back."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (type(None), bool, int, float, str)
+_JSON_TYPES = (type(None), bool, int, float, str)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """A value as JSON; its tensors go into `tensors`, under names that begin with `name`.
+    """A value as JSON; its tensors are added to `tensors`, under names that begin with `name`.
 
     Raises:
-        TypeError: for what is neither plain, nor a container, nor a tensor.
+        TypeError: for a value of another type than numbers, strings, containers, tensors and dtypes.
     """
-    if type(value) in _PLAIN:
+    if type(value) in _JSON_TYPES:
         return value
     if isinstance(value, Tensor):
         tensors[name] = value.detach().contiguous().clone()
@@ -36,7 +36,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given."""
+    """The value that `pack` was called with."""
     if isinstance(packed, list):
         return [unpack(item, tensors) for item in packed]
     if not isinstance(packed, dict):

@@ -1,4 +1,4 @@
-"""How far a long run is: tqdm's bar, or plain lines where tqdm is not installed."""
+"""The progress of a long run: tqdm's bar, or plain lines if tqdm is not installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, total: int, shown: bool) -> None:
         self._total, self._done, self._shown = total, 0, shown
         self._bar: Any = None
-        self._said = self._started = time.monotonic()
+        self._last_printed = self._start = time.monotonic()
         if shown and importlib.util.find_spec("tqdm") is not None:
             from tqdm import tqdm
 
@@ -29,14 +29,14 @@ class Progress:
             print("(a progress bar needs tqdm: pip install tqdm)", file=sys.stderr)
 
     def update(self, steps: int, text: str) -> None:
-        """Note that so many more steps are done."""
+        """Add steps that were done."""
         self._done += steps
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(steps)
-        elif self._shown and (time.monotonic() - self._said > 2 or self._done == self._total):
-            self._said = time.monotonic()
-            print(f"step {self._done} of {self._total}, {self._said - self._started:.0f} s: {text}", file=sys.stderr)
+        elif self._shown and (time.monotonic() - self._last_printed > 2 or self._done == self._total):
+            self._last_printed = time.monotonic()
+            print(f"step {self._done} of {self._total}, {self._last_printed - self._start:.0f} s: {text}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self

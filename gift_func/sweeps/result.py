@@ -1,4 +1,4 @@
-"""What a sweep found: a table, the curves, a picture, and the trials' models."""
+"""The result of a sweep: a table, curves, a picture, and the trials' models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..network.frozen_base import FrozenBase
 
 
 class Curve(NamedTuple):
-    """A number over the steps.
+    """A score of every trial over the steps.
 
     Attributes:
         steps: after how many steps it was taken, `(K,)`.
-        values: of every trial, `(trials, K)`; NaN where it was not run.
+        values: of every trial, `(trials, K)`; NaN for steps that the trial was not trained for.
     """
 
     steps: Tensor
@@ -31,16 +31,16 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """What `gf.sweep` found; `print(result)` shows it as a table, the best trial first.
+    """The result of `gf.sweep`; `print(result)` shows it as a table, the best trial first.
 
     Attributes:
-        trials: the trials' values, in the order they were given.
+        trials: the trials' values, in the given order.
         status: of each trial: "finished", "stopped" (by halving) or "diverged".
         steps: how many steps each trial was trained.
-        metric: the name of what trials are ranked by.
-        maximize: whether more of it is better.
-        curves: "training" is the loss of every step; the others were taken at the sweep's marks: what `evaluate` found, and
-            "loss", the mean of the training loss since the last mark.
+        metric: the name of the score that trials are ranked by.
+        maximize: whether a higher score is better.
+        curves: "training" is the loss of every step. The others are of the steps after which scores were taken: the scores of
+            `evaluate`, and "loss", the mean of the training loss since scores were last taken.
     """
 
     trials: list[dict[str, Any]]
@@ -66,7 +66,7 @@ class SweepResult:
         return sorted(range(len(self.trials)), key=key)
 
     def score(self, index: int, name: str | None = None) -> float:
-        """The last value of a trial's curve, that of `metric` if none is named; NaN if it has none."""
+        """The last value of a trial's curve, by default that of `metric`; NaN if it has none."""
         row = self.curves[name or self.metric].values[index]
         seen = row[~row.isnan()]
         return float(seen[-1]) if len(seen) else math.nan
@@ -94,7 +94,7 @@ class SweepResult:
         return self.model(self.best_index)
 
     def model(self, index: int) -> AdaptedModel:
-        """The adapted model of a trial as it was when it ended, in evaluation mode."""
+        """The adapted model of a trial after its last step, in evaluation mode."""
         return readapt(self.base, self.strategies[index], self.states[index]).eval()
 
     def table(self) -> list[dict[str, Any]]:
@@ -126,11 +126,11 @@ class SweepResult:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str], *, by: str | None = None) -> None:
-        """Draw the curves, one panel for each, into a picture file.
+        """Draw the curves, one panel for each, and save the figure.
 
         Args:
-            path: the file; its ending says the format.
-            by: which of the trials' values the colours show; None for the first that differs.
+            path: the file, in the format of its extension.
+            by: the name of the value that the colours show; None for the first that differs between trials.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -167,8 +167,8 @@ class SweepResult:
         for choice, shade in zip(choices, shades, strict=True):
             figure.axes[0].plot([], [], color=shade, linewidth=2, label=choice)
         figure.axes[0].legend(title=by, frameon=False, fontsize=9)
-        told = ", ".join(f"{key} {_text(value)}" for key, value in self.trials[best].items())
-        figure.suptitle(f"{len(self.trials)} trials; thick: the best ({told})", fontsize=10)
+        of_best = ", ".join(f"{key} {_text(value)}" for key, value in self.trials[best].items())
+        figure.suptitle(f"{len(self.trials)} trials; thick: the best ({of_best})", fontsize=10)
         figure.savefig(path, dpi=130)
 
     def _keys(self) -> list[str]:
@@ -182,7 +182,7 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def at_marks(losses: Tensor, marks: Sequence[int]) -> Tensor:
-    """The mean of the columns between marks, `(trials, marks)`; NaN where a column is."""
-    edges = [0, *marks]
-    return torch.stack([losses[:, edges[i] : edges[i + 1]].mean(1) for i in range(len(marks))], 1)
+def means_up_to(losses: Tensor, steps: Sequence[int]) -> Tensor:
+    """The mean loss from each of these steps back to the one before, `(trials, steps)`; NaN if one of the losses is."""
+    edges = [0, *steps]
+    return torch.stack([losses[:, edges[i] : edges[i + 1]].mean(1) for i in range(len(steps))], 1)

@@ -1,4 +1,4 @@
-"""A sweep: many trials of hyper-parameters trained as one run."""
+"""`sweep`: trains trials of many hyper-parameters as one run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..adapt import adapt, base_of
 from ..ensembles.optimizer import Kind
 from ..network.frozen_base import FrozenBase
 from .batches import Data
-from .checkpoint import describe, read, write
+from .checkpoint import describe, load_checkpoint, save_checkpoint
 from .progress import Progress
 from .result import SweepResult
 from .training import Evaluate, Loss, Schedule, SweepConfig, SweepRun
-from .trials import Trial, Watched, check_read, grouped, settings_of, trials_of
+from .trials import RecordedTrial, Trial, check_all_read, grouped_trials, settings_of, trials_of
 
 
 def sweep(
@@ -42,41 +42,43 @@ def sweep(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """Train many trials of hyper-parameters as one run, and say which is best.
+    """Train trials of many hyper-parameters as one run, and rank them.
 
-    Trial i is `adapt(model, strategy(trial_i))`, started from `trial_i["seed"]` and trained by `optimizer` with those of its
-    values that are the optimizer's arguments: what comes out is what training it alone would give, up to rounding. Trials
-    that can share a stack (of one method; ranks, alphas, seeds, rates and decays may differ) are one ensemble, and one pass
-    trains them all; the others follow in ensembles of their own. Networks with dropout draw other numbers than alone.
+    Trial i is `adapt(model, strategy(trial_i))`, initialised from `trial_i["seed"]` and trained by `optimizer` with those of
+    its values that are the optimizer's arguments. The result is that of training it alone, up to rounding; dropout draws other
+    numbers. Trials of one method (whose ranks, alphas, seeds, learning rates and weight decays may differ) are trained as one
+    ensemble; those that cannot be stacked with them form further ensembles, which are trained after it.
 
-    A trial whose loss is no longer finite is ended at the next mark, and so are, with `halving`, those that fall behind;
-    from then on they cost nothing.
+    A trial whose loss is no longer finite ends when scores are next taken. With `halving`, the worst trials end early too.
+    Trials that ended take no more time.
 
     Args:
         model: the model; it is not touched.
         trials: the values of a grid, `{"lr": [1e-3, 1e-2], "rank": [4, 8], "seed": range(3)}`: lists and ranges are combined,
-            anything else is one value; or the trials themselves, as dicts. "seed" (0 if it is not given) is what the
-            adapter starts from.
-        strategy: a function of the trial that gives what `adapt` takes, or the strategy of all.
-        data: batches `(inputs, target)`: an iterable, gone through again and again, or a function of the step. The inputs
-            are a tensor, a tuple, or a dict of keyword arguments. What it draws from torch's generator is seeded by the step.
+            anything else is one value; or the trials themselves, as dicts. The adapter is initialised from "seed", by
+            default 0.
+        strategy: a function of the trial that returns what `adapt` takes, or one strategy for all trials.
+        data: batches `(inputs, target)`: an iterable, which is iterated over repeatedly, or a function of the step. The inputs
+            are a tensor, a tuple, or a dict of keyword arguments. torch's generator, from which it may draw, is seeded by the
+            step.
         loss: `loss(output, target)`, a scalar, as for one model.
         steps: how many steps each trial is trained.
-        optimizer: an optimizer class; `functools.partial` gives it further arguments.
-        schedule: `schedule(step, trial)`, the factor of the learning rate at a step, from 0.
-        max_norm: each trial's gradient is scaled down to this norm; None to leave it as it is.
-        own_order: every trial has batches of its own, drawn by its seed, instead of all the same. A sequence of batches is
-            then shuffled; an iterable or a function has to draw from torch's generator (`DataLoader(shuffle=True)`).
-        evaluate: `evaluate(ensemble)` gives each member's score, `(N,)`, or a dict of several, of which the first ranks. It is
-            called in evaluation mode, without gradients. None to rank by the training loss.
-        maximize: whether more of the score is better.
-        every: a mark is set after so many steps: there scores are taken, and a checkpoint is written; None for a tenth.
+        optimizer: an optimizer class, or a `functools.partial` of one with further arguments.
+        schedule: `schedule(step, trial)`, the factor of the learning rate at a step, counted from 0.
+        max_norm: the norm to which each trial's gradient is clipped; None for no clipping.
+        own_order: every trial has its own batches, drawn by its seed, instead of the same ones as the others. A sequence of
+            batches is then shuffled; an iterable or a function has to draw from torch's generator (`DataLoader(shuffle=True)`).
+        evaluate: `evaluate(ensemble)` returns each member's score, `(N,)`, or a dict of several, of which trials are ranked by
+            the first. It is called in evaluation mode, without gradients. None to rank by the training loss.
+        maximize: whether a higher score is better.
+        every: after how many steps each time scores are taken and a checkpoint is written; None for a tenth of them.
         halving: a whole number η: of all trials the best 1/η go on after `steps/η^k`, ..., `steps/η` steps, down to the last
             that η leaves (successive halving); or a dict from steps to the fraction that goes on.
-        at_once: how many trials may share a stack at most, where memory is short.
+        at_once: how many trials may be one ensemble at most, to limit memory.
         chunk_size: as of `stack`.
-        checkpoint: a file that the sweep goes on from if it is there, and that is written, whole or not at all, at every mark.
-        progress: whether a progress bar is shown; it needs tqdm, without which plain lines are.
+        checkpoint: a file from which the sweep resumes if it exists, and which is written, atomically, whenever scores were
+            taken.
+        progress: whether to show a progress bar; without tqdm, plain lines are printed.
 
     Returns:
         The table, the curves and the models.
@@ -96,30 +98,28 @@ def sweep(
 
     References:
         Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, 2016
-        (arXiv:1502.07943), of whose rungs `halving` has the last, that trains the best to the end.
+        (arXiv:1502.07943), of whose rungs `halving` has the last, which trains the best to the end.
     """
-    plan = SweepConfig(steps, every, loss, schedule, max_norm, own_order, evaluate, maximize, halving)
-    watched = [Watched(trial) for trial in trials_of(trials)]
-    settings = settings_of(watched, optimizer)
+    config = SweepConfig(steps, every, loss, schedule, max_norm, own_order, evaluate, maximize, halving)
+    recorded = [RecordedTrial(trial) for trial in trials_of(trials)]
+    settings = settings_of(recorded, optimizer)
     base = base_of(model)
-    strategies = [strategy(trial) if callable(strategy) else strategy for trial in watched]
+    strategies = [strategy(trial) if callable(strategy) else strategy for trial in recorded]
     if schedule is not None:
-        for trial in watched:
+        for trial in recorded:
             schedule(0, trial)
-    check_read(watched, settings[0])
+    check_all_read(recorded, settings[0])
     models = []
-    for trial, rules in zip(watched, strategies, strict=True):
+    for trial, rules in zip(recorded, strategies, strict=True):
         models.append(adapt(base, rules, generator=torch.Generator().manual_seed(int(trial.get("seed", 0)))))
-    given = [trial.values_given for trial in watched]
-    groups = grouped(models, at_once)
-    course = SweepRun(plan, given, models, groups, settings, optimizer, data, chunk_size)
+    given = [trial.given_values for trial in recorded]
+    groups = grouped_trials(models, at_once)
+    run = SweepRun(config, given, models, groups, settings, optimizer, data, chunk_size)
     path = None if checkpoint is None else Path(checkpoint)
-    description = describe(base, given, strategies, groups, plan, optimizer)
+    description = describe(base, given, strategies, groups, config, optimizer)
     if path is not None and path.exists():
-        read(path, description, course)
+        load_checkpoint(path, description, run)
     del models
-    with Progress(course.left(), progress) as bar:
-        course.run(bar, None if path is None else lambda: write(path, description, course))
-    return SweepResult(
-        given, course.status, course.steps, course.metric, maximize, course.curves(), course.states, strategies, base
-    )
+    with Progress(run.steps_left(), progress) as bar:
+        run.run(bar, None if path is None else lambda: save_checkpoint(path, description, run))
+    return SweepResult(given, run.status, run.steps, run.metric, maximize, run.curves(), run.states, strategies, base)

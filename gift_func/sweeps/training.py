@@ -1,4 +1,4 @@
-"""The course of a sweep: its ensembles, trained from mark to mark, and the trials that leave them."""
+"""The run of a sweep: its ensembles are trained until scores are due, and trials that diverged or fell behind leave them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..ensembles.ensemble import Ensemble
 from ..ensembles.optimizer import Kind, PerMember, per_member
 from ..ensembles.stack import stack
 from ..errors import AdaptError
-from .batches import Batches, Data, called, side_by_side
+from .batches import Batches, Data, call_with, stack_batches
 from .progress import Progress
-from .result import Curve, at_marks
+from .result import Curve, means_up_to
 from .trials import Trial
 
 Loss = Callable[[Any, Any], Tensor]
 Schedule = Callable[[int, Trial], float]
 Evaluate = Callable[[Ensemble], Any]
-_DRAWS = 1_000_003
+_DROPOUT_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What `sweep` was told of training; see there."""
+    """The arguments of `sweep` that concern training; see there."""
 
     steps: int
     every: int | None
@@ -56,7 +56,7 @@ class SweepConfig:
             )
 
     def rungs(self, trials: int) -> dict[int, int]:
-        """After which steps how many trials go on."""
+        """The steps at which trials are dropped, and how many of them go on."""
         if self.halving is None:
             return {}
         if isinstance(self.halving, Mapping):
@@ -70,14 +70,14 @@ class SweepConfig:
         steps = [round(self.steps / self.halving ** (depth - rung)) for rung in range(depth)]
         return {step: max(1, trials // self.halving ** (rung + 1)) for rung, step in enumerate(steps) if step >= 1}
 
-    def marks(self, trials: int) -> list[int]:
-        """After which steps scores are taken."""
+    def score_steps(self, trials: int) -> list[int]:
+        """The steps after which scores are taken."""
         every = self.every or max(1, self.steps // 10)
         return sorted({*range(every, self.steps, every), *self.rungs(trials), self.steps})
 
 
 class TrialGroup:
-    """One ensemble of trials.
+    """Trials that are trained as one ensemble.
 
     Attributes:
         members: the trials' indices.
@@ -89,11 +89,11 @@ class TrialGroup:
 
     @property
     def ensemble(self) -> Ensemble:
-        """The ensemble as it is now."""
+        """The ensemble of the trials that are still trained."""
         return self.optimizer.ensemble
 
-    def keep(self, members: Sequence[int]) -> None:
-        """Go on with some of the trials only."""
+    def select(self, members: Sequence[int]) -> None:
+        """Go on with these trials only."""
         if list(members) != self.members:
             _, self.optimizer = self.optimizer.select([self.members.index(index) for index in members])
             self.members = list(members)
@@ -106,14 +106,14 @@ class SweepRun:
         status: of each trial: "running", "finished", "stopped" or "diverged".
         steps: how many steps each trial was trained.
         states: the adapters of the trials that ended.
-        losses: the loss of every step, `(trials, steps)`; NaN where none was.
-        scores: name -> what `evaluate` found at the marks, `(trials, marks)`.
-        runs: the ensembles that are still trained.
+        losses: the loss of every step, `(trials, steps)`; NaN for steps that were not run.
+        scores: name -> what `evaluate` returned at the score steps, `(trials, score steps)`.
+        groups: the groups that are still trained.
     """
 
     def __init__(
         self,
-        plan: SweepConfig,
+        config: SweepConfig,
         trials: Sequence[Trial],
         models: Sequence[AdaptedModel],
         groups: Sequence[Sequence[int]],
@@ -122,167 +122,168 @@ class SweepRun:
         data: Data,
         chunk_size: int | None,
     ) -> None:
-        self.plan, self.trials = plan, trials
+        self.config, self.trials = config, trials
         size = len(trials)
-        self.rungs, self.marks = plan.rungs(size), plan.marks(size)
+        self.rungs, self.score_steps = config.rungs(size), config.score_steps(size)
         self.status, self.steps = ["running"] * size, [0] * size
         self.states: list[Mapping[str, Tensor]] = [{} for _ in trials]
-        self.losses = torch.full((size, plan.steps), math.nan, dtype=torch.float64)
+        self.losses = torch.full((size, config.steps), math.nan, dtype=torch.float64)
         self.scores: dict[str, Tensor] = {}
-        self.runs: list[TrialGroup] = []
-        for group in groups:
-            ensemble = stack([models[i] for i in group], chunk_size=chunk_size, generator=torch.Generator()).train()
-            made = per_member(optimizer, ensemble, **{k: [settings[i][k] for i in group] for k in settings[0]})
+        self.groups: list[TrialGroup] = []
+        for members in groups:
+            ensemble = stack([models[i] for i in members], chunk_size=chunk_size, generator=torch.Generator()).train()
+            made = per_member(optimizer, ensemble, **{k: [settings[i][k] for i in members] for k in settings[0]})
             for own in made.param_groups:
                 own["initial_lr"] = own.get("lr")
-            self.runs.append(TrialGroup(group, made))
+            self.groups.append(TrialGroup(members, made))
         seeds = [int(trial.get("seed", 0)) for trial in trials]
-        self._own = [Batches(data, seed, shuffled=True) for seed in seeds] if plan.own_order else []
-        self._shared = Batches(data, 0)
+        self._own_batches = [Batches(data, seed, shuffled=True) for seed in seeds] if config.own_order else []
+        self._batches = Batches(data, 0)
         self._loops = False
 
     @property
     def metric(self) -> str:
-        """What trials are ranked by."""
+        """The name of the score that trials are ranked by."""
         return next(iter(self.scores), "loss")
 
-    def left(self) -> int:
-        """How many steps of ensembles are to be done, if none leaves."""
-        return sum(self.plan.steps - run.step for run in self.runs)
+    def steps_left(self) -> int:
+        """How many steps the groups have left, if no trial leaves."""
+        return sum(self.config.steps - group.step for group in self.groups)
 
     def curves(self) -> dict[str, Curve]:
         """All curves so far."""
-        marks = torch.tensor(self.marks)
-        found = {name: Curve(marks, values) for name, values in self.scores.items()}
-        found.setdefault("loss", Curve(marks, at_marks(self.losses, self.marks)))
-        return {**found, "training": Curve(torch.arange(1, self.plan.steps + 1), self.losses)}
+        steps = torch.tensor(self.score_steps)
+        found = {name: Curve(steps, values) for name, values in self.scores.items()}
+        found.setdefault("loss", Curve(steps, means_up_to(self.losses, self.score_steps)))
+        return {**found, "training": Curve(torch.arange(1, self.config.steps + 1), self.losses)}
 
     def run(self, bar: Progress, save: Callable[[], None] | None) -> None:
         """Train to the end.
 
         Args:
-            bar: is told of every mark.
-            save: is called after every mark.
+            bar: is updated whenever scores were taken.
+            save: is called then, and when trials were dropped.
         """
-        for stop in [*sorted(self.rungs), self.plan.steps]:
-            for run in list(self.runs):
-                for mark in [mark for mark in self.marks if run.step < mark <= stop]:
-                    before = run.step
-                    self._advance(run, mark)
-                    self._look(run, before)
-                    bar.update(mark - before, self._said(run))
-                    if not run.members:
-                        self.runs.remove(run)
+        for stop in [*sorted(self.rungs), self.config.steps]:
+            for group in list(self.groups):
+                for step in [step for step in self.score_steps if group.step < step <= stop]:
+                    before = group.step
+                    self._train_to(group, step)
+                    self._take_scores(group, before)
+                    bar.update(step - before, self._progress(group))
+                    if not group.members:
+                        self.groups.remove(group)
                     if save is not None:
                         save()
-                    if not run.members:
+                    if not group.members:
                         break
-            if stop in self.rungs and all(run.step == stop for run in self.runs):
-                self._drop(self.rungs[stop])
+            if stop in self.rungs and all(group.step == stop for group in self.groups):
+                self._drop_worst(self.rungs[stop])
                 if save is not None:
                     save()
 
-    def _advance(self, run: TrialGroup, mark: int) -> None:
-        """Train an ensemble up to a mark."""
-        ensemble, optimizer, plan = run.ensemble, run.optimizer, self.plan
+    def _train_to(self, group: TrialGroup, stop: int) -> None:
+        """Train a group until so many steps are done."""
+        ensemble, optimizer, config = group.ensemble, group.optimizer, self.config
         found = []
-        for step in range(run.step, mark):
+        for step in range(group.step, stop):
             if ensemble.generator is not None:
-                ensemble.generator.manual_seed(_DRAWS * 2**31 + step)
+                ensemble.generator.manual_seed(_DROPOUT_SEED * 2**31 + step)
             optimizer.zero_grad()
-            losses = self._losses(run, step)
+            losses = self._losses(group, step)
             losses.sum().backward()
-            if plan.max_norm is not None:
-                clip_grad_norm_per_member(ensemble, plan.max_norm)
-            if plan.schedule is not None:
-                for index, group in zip(run.members, optimizer.param_groups, strict=True):
-                    group["lr"] = group["initial_lr"] * plan.schedule(step, self.trials[index])
+            if config.max_norm is not None:
+                clip_grad_norm_per_member(ensemble, config.max_norm)
+            if config.schedule is not None:
+                for index, own in zip(group.members, optimizer.param_groups, strict=True):
+                    own["lr"] = own["initial_lr"] * config.schedule(step, self.trials[index])
             optimizer.step()
             found.append(losses.detach())
-        self.losses[run.members, run.step : mark] = torch.stack(found, 1).to(self.losses)
-        run.step = mark
+        self.losses[group.members, group.step : stop] = torch.stack(found, 1).to(self.losses)
+        group.step = stop
 
-    def _losses(self, run: TrialGroup, step: int) -> Tensor:
-        if self.plan.own_order:
-            own = [self._own[index].at(step) for index in run.members]
-            inputs, target = side_by_side([batch[0] for batch in own]), side_by_side([batch[1] for batch in own])
-            output = called(run.ensemble.map, inputs)
+    def _losses(self, group: TrialGroup, step: int) -> Tensor:
+        if self.config.own_order:
+            own = [self._own_batches[index].at(step) for index in group.members]
+            inputs, target = stack_batches([batch[0] for batch in own]), stack_batches([batch[1] for batch in own])
+            output = call_with(group.ensemble.map, inputs)
         else:
-            inputs, target = self._shared.at(step)
-            output = called(run.ensemble, inputs)
-        losses = self._each(output, target, len(run.members))
-        if losses.shape != (len(run.members),):
+            inputs, target = self._batches.at(step)
+            output = call_with(group.ensemble, inputs)
+        losses = self._member_losses(output, target, len(group.members))
+        if losses.shape != (len(group.members),):
             raise AdaptError(f"loss(output, target) gives one number for a model, got shape {tuple(losses.shape[1:])}")
         return losses
 
-    def _each(self, output: Any, target: Any, size: int) -> Tensor:
-        """The members' losses: at once, or one by one where the loss has no batching rule."""
-        own = self.plan.own_order
+    def _member_losses(self, output: Any, target: Any, size: int) -> Tensor:
+        """The members' losses by one call under `vmap`, or one by one if the loss has no batching rule."""
+        own = self.config.own_order
         if not self._loops:
             try:
-                made: Tensor = torch.vmap(self.plan.loss, (0, 0 if own else None), randomness="different")(output, target)
+                made: Tensor = torch.vmap(self.config.loss, (0, 0 if own else None), randomness="different")(output, target)
                 return made
             except (RuntimeError, ValueError):
-                self._loops = True  # an error of the loss's own comes again below
+                self._loops = True  # an error of the loss itself is raised again below
 
-        def share(tree: Any, index: int) -> Any:
+        def member(tree: Any, index: int) -> Any:
             return tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tree)
 
-        return torch.stack([self.plan.loss(share(output, i), share(target, i) if own else target) for i in range(size)])
+        return torch.stack([self.config.loss(member(output, i), member(target, i) if own else target) for i in range(size)])
 
-    def _look(self, run: TrialGroup, before: int) -> None:
-        """Take scores at a mark; let those go that diverged, and all at the end."""
-        place = self.marks.index(run.step)
-        if self.plan.evaluate is not None:
-            for name, values in self._evaluated(run, self.plan.evaluate).items():
-                row = self.scores.setdefault(name, torch.full((len(self.trials), len(self.marks)), math.nan).double())
-                row[run.members, place] = values.to(row)
-        fine = self.losses[run.members, before : run.step].isfinite().all(1).tolist()
-        self._end(run, [index for index, good in zip(run.members, fine, strict=True) if not good], "diverged")
-        if run.step == self.plan.steps:
-            self._end(run, list(run.members), "finished")
+    def _take_scores(self, group: TrialGroup, before: int) -> None:
+        """Take a group's scores, and end its trials that diverged since a step, or all after the last step."""
+        place = self.score_steps.index(group.step)
+        if self.config.evaluate is not None:
+            for name, values in self._evaluated(group, self.config.evaluate).items():
+                row = self.scores.setdefault(name, torch.full((len(self.trials), len(self.score_steps)), math.nan).double())
+                row[group.members, place] = values.to(row)
+        finite = self.losses[group.members, before : group.step].isfinite().all(1).tolist()
+        self._end(group, [index for index, good in zip(group.members, finite, strict=True) if not good], "diverged")
+        if group.step == self.config.steps:
+            self._end(group, list(group.members), "finished")
 
     @torch.no_grad()
-    def _evaluated(self, run: TrialGroup, evaluate: Evaluate) -> dict[str, Tensor]:
-        run.ensemble.eval()
-        found = evaluate(run.ensemble)
-        run.ensemble.train()
+    def _evaluated(self, group: TrialGroup, evaluate: Evaluate) -> dict[str, Tensor]:
+        group.ensemble.eval()
+        found = evaluate(group.ensemble)
+        group.ensemble.train()
         scores = {name: torch.as_tensor(v) for name, v in (found if isinstance(found, Mapping) else {"score": found}).items()}
         for name, values in scores.items():
-            if values.shape != (len(run.members),):
+            if values.shape != (len(group.members),):
                 raise AdaptError(
-                    f"evaluate(ensemble) gives one number for each of the {len(run.members)} members, got shape "
+                    f"evaluate(ensemble) gives one number for each of the {len(group.members)} members, got shape "
                     f"{tuple(values.shape)} for {name!r}"
                 )
             if name == "training":
                 raise AdaptError("evaluate's score cannot be called 'training', the name of the loss of every step")
         return scores
 
-    def _end(self, run: TrialGroup, gone: Sequence[int], status: str) -> None:
-        for index in gone:
-            self.status[index], self.steps[index] = status, run.step
-            self.states[index] = run.ensemble[run.members.index(index)].adapter_state_dict()
-        left = [index for index in run.members if index not in gone]
+    def _end(self, group: TrialGroup, ended: Sequence[int], status: str) -> None:
+        """Take trials out of a group, and keep their adapters."""
+        for index in ended:
+            self.status[index], self.steps[index] = status, group.step
+            self.states[index] = group.ensemble[group.members.index(index)].adapter_state_dict()
+        left = [index for index in group.members if index not in ended]
         if left:
-            run.keep(left)
+            group.select(left)
         else:
-            run.members = []
+            group.members = []
 
-    def _drop(self, most: int) -> None:
-        """Let the worst go, so that `most` stay."""
-        alive = [index for run in self.runs for index in run.members]
-        place = self.marks.index(self.runs[0].step) if self.runs else 0
-        scores = (self.scores[self.metric] if self.scores else at_marks(self.losses, self.marks))[:, place]
-        worst = -math.inf if self.plan.maximize else math.inf
+    def _drop_worst(self, most: int) -> None:
+        """End the worst trials, so that at most so many go on."""
+        running = [index for group in self.groups for index in group.members]
+        place = self.score_steps.index(self.groups[0].step) if self.groups else 0
+        scores = (self.scores[self.metric] if self.scores else means_up_to(self.losses, self.score_steps))[:, place]
+        worst = -math.inf if self.config.maximize else math.inf
         scores = scores.nan_to_num(nan=worst, posinf=math.inf, neginf=-math.inf)
-        order = sorted(alive, key=lambda index: float(scores[index]), reverse=self.plan.maximize)
-        for run in list(self.runs):
-            self._end(run, [index for index in run.members if index in order[most:]], "stopped")
-            if not run.members:
-                self.runs.remove(run)
+        order = sorted(running, key=lambda index: float(scores[index]), reverse=self.config.maximize)
+        for group in list(self.groups):
+            self._end(group, [index for index in group.members if index in order[most:]], "stopped")
+            if not group.members:
+                self.groups.remove(group)
 
-    def _said(self, run: TrialGroup) -> str:
+    def _progress(self, group: TrialGroup) -> str:
         going = sum(status == "running" for status in self.status)
-        mean = self.losses[:, max(run.step - 1, 0)]
-        seen = mean[mean.isfinite()]
+        last = self.losses[:, max(group.step - 1, 0)]
+        seen = last[last.isfinite()]
         return f"{going} trials go on, lowest loss {float(seen.min()) if len(seen) else math.nan:.3g}"

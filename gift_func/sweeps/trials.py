@@ -1,4 +1,4 @@
-"""The trials of a sweep: what they are, what reads their values, and which of them can share a stack."""
+"""The trials of a sweep: their values, what reads them, and which trials can be one ensemble."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..errors import AdaptError, nearest
 Trial = Mapping[str, Any]
 
 
-class Watched(Mapping[str, Any]):
-    """A trial that notes which of its values were asked for, so that one that nothing reads is noticed."""
+class RecordedTrial(Mapping[str, Any]):
+    """A trial that records which of its values were read, so that values that nothing reads can be refused."""
 
     def __init__(self, values: Trial) -> None:
-        self.values_given = dict(values)
+        self.given_values = dict(values)
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self.values_given:
-            raise KeyError(f"the trial has no {key!r}; {nearest(key, self.values_given)}")
+        if key not in self.given_values:
+            raise KeyError(f"the trial has no {key!r}; {nearest(key, self.given_values)}")
         self.read.add(key)
-        return self.values_given[key]
+        return self.given_values[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values_given)
+        return iter(self.given_values)
 
     def __len__(self) -> int:
-        return len(self.values_given)
+        return len(self.given_values)
 
 
 def trials_of(given: Trial | Iterable[Trial]) -> list[dict[str, Any]]:
@@ -50,8 +50,8 @@ def trials_of(given: Trial | Iterable[Trial]) -> list[dict[str, Any]]:
     return found
 
 
-def settings_of(trials: Sequence[Watched], optimizer: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Which of the trials' values are arguments of the optimizer; where a trial lacks one that others have, its default."""
+def settings_of(trials: Sequence[RecordedTrial], optimizer: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Each trial's arguments of the optimizer; for one that only other trials have, its default."""
     arguments = dict(inspect.signature(optimizer).parameters)
     names = [name for name in dict.fromkeys(key for trial in trials for key in trial) if name in arguments and name != "params"]
     found = []
@@ -65,8 +65,8 @@ def settings_of(trials: Sequence[Watched], optimizer: Callable[..., Any]) -> lis
     return found
 
 
-def check_read(trials: Sequence[Watched], arguments: Iterable[str]) -> None:
-    """Refuse a value that nothing reads: a misspelt rate would be no rate at all."""
+def check_all_read(trials: Sequence[RecordedTrial], arguments: Iterable[str]) -> None:
+    """Refuse values that nothing read, such as a misspelt learning rate."""
     for index, trial in enumerate(trials):
         idle = [key for key in trial if key not in trial.read and key != "seed"]
         if idle:
@@ -76,12 +76,12 @@ def check_read(trials: Sequence[Watched], arguments: Iterable[str]) -> None:
             )
 
 
-def grouped(models: Sequence[AdaptedModel], most: int | None) -> list[list[int]]:
-    """The trials that can share a stack, as lists of indices.
+def grouped_trials(models: Sequence[AdaptedModel], most: int | None) -> list[list[int]]:
+    """Group the trials that can be one ensemble, as lists of indices.
 
     Args:
         models: the trials' adapted models.
-        most: how many may share one at most; None for any number.
+        most: how many may be one ensemble; None for any number.
     """
     groups: list[list[int]] = []
     for index, model in enumerate(models):

@@ -63,7 +63,7 @@ class Case:
     def dense(self, params: Tensors) -> Tensor:
         """The host with its adapted parameter replaced by the dense weight: the reference."""
         tensors = {**self.adapted.adapter, **params}
-        placed = {name: weight.dense() for name, weight in self.adapted._body.weights(tensors).items()}
+        placed = {name: weight.dense() for name, weight in self.adapted.structured_weights(tensors).items()}
         out: Tensor = torch.func.functional_call(copy.deepcopy(self.model), placed, (self.x,))
         return out
 
@@ -309,11 +309,11 @@ def _same_as_members(ensemble: Ensemble, members: Sequence[AdaptedModel], x: Ten
 
 def _wider(case: Case, more: int) -> AdaptedModel | None:
     """A member of larger rank, for a method that says where its rank is."""
-    part = case.start.parts[0]
+    part = case.start.adapted_parameters[0]
     if not part.method.rank_axes({local: case.start.adapter[full] for local, full in part.names.items()}):
         return None
     wide = Case(case.method.replace(rank=getattr(case.method, "rank", 0) + more), case.host)
-    if [part.names for part in wide.start.parts] != [part.names for part in case.start.parts]:
+    if [part.names for part in wide.start.adapted_parameters] != [part.names for part in case.start.adapted_parameters]:
         return None  # a factor that is not decomposed at that rank
     return adapt(case.model, wide.rules).with_adapter(wide.random(5))
 

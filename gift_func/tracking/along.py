@@ -1,4 +1,4 @@
-"""Functions along some axes: reductions, softmax, norms, sorting. Samples go through unless it is their axis."""
+"""Functions along some axes: reductions, softmax, norms, sorting. They keep the sample axis unless it is one of theirs."""
 
 from __future__ import annotations
 
@@ -8,79 +8,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .elementwise import elementwise
-from .layout import LOST, SampleAxis, Tag, picked
-from .table import Args, Batch, Kwargs, Rule, argument, broadcast, follows, only_first, tensors
+from .elementwise import track_elementwise
+from .layout import UNTRACKED, SampleAxis, Tag, picked
+from .table import Args, BatchInfo, Kwargs, TrackingRule, argument, broadcast, only_first, rule_for, tensors
 
 
-def _reduced(rows: Tag, n: int, dims: Any, result: Any) -> Tag:
-    """The tag after axes were reduced; the result tells whether they were kept with size 1."""
-    if not isinstance(rows, SampleAxis):
-        return rows
+def _reduced(tag: Tag, n: int, dims: Any, result: Any) -> Tag:
+    """The tag after a reduction of axes; the result's shape says whether they were kept with size 1 (`keepdim`)."""
+    if not isinstance(tag, SampleAxis):
+        return tag
     if dims is None or isinstance(dims, bool):
-        return LOST
+        return UNTRACKED
     gone = {dim % n for dim in (dims if isinstance(dims, Sequence) else [dims])}
-    if rows.axis in gone or not gone:
-        return LOST
+    if tag.axis in gone or not gone:
+        return UNTRACKED
     out = result if isinstance(result, Tensor) else result[0]
-    return rows if out.dim() == n else rows.on(rows.axis - sum(dim < rows.axis for dim in gone))
+    return tag if out.dim() == n else tag.on(tag.axis - sum(dim < tag.axis for dim in gone))
 
 
-def _reduction(position: int, default: Any = None) -> Rule:
-    def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-        x, rows = only_first(args, kwargs)
-        return _reduced(rows, x.dim(), argument(args, kwargs, position, "dim", default), result)
+def _reduction(position: int, default: Any = None) -> TrackingRule:
+    def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+        x, tag = only_first(args, kwargs)
+        return _reduced(tag, x.dim(), argument(args, kwargs, position, "dim", default), result)
 
     return rule
 
 
-follows("""
+rule_for("""
     sum mean nansum nanmean prod amax amin logsumexp argmax argmin any all var std var_mean std_mean median nanmedian
     count_nonzero mode
     """)(_reduction(1))
-follows("norm vector_norm")(_reduction(2))
-follows("kthvalue")(_reduction(2, -1))
+rule_for("norm vector_norm")(_reduction(2))
+rule_for("kthvalue")(_reduction(2, -1))
 
 
-@follows("max min")
-def extreme(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Any:
-    """Of two tensors, elementwise; else a reduction."""
+@rule_for("max min")
+def track_extreme(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+    """Elementwise for two tensors, otherwise a reduction."""
     if (len(args) > 1 and isinstance(args[1], Tensor)) or "other" in kwargs:
-        return elementwise(batch, args, kwargs, result)
-    x, rows = only_first(args, kwargs)
-    return _reduced(rows, x.dim(), argument(args, kwargs, 1, "dim"), result)
+        return track_elementwise(batch, args, kwargs, result)
+    x, tag = only_first(args, kwargs)
+    return _reduced(tag, x.dim(), argument(args, kwargs, 1, "dim"), result)
 
 
-def _kept(position: int, default: Any = None, name: str = "dim") -> Rule:
-    def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-        x, rows = only_first(args, kwargs)
+def _unreduced(position: int, default: Any = None, name: str = "dim") -> TrackingRule:
+    def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+        x, tag = only_first(args, kwargs)
         dim = argument(args, kwargs, position, name, default)
-        if not isinstance(rows, SampleAxis):
-            return rows
+        if not isinstance(tag, SampleAxis):
+            return tag
         if dim is None:
-            return LOST
-        return LOST if rows.axis in [d % x.dim() for d in (dim if isinstance(dim, Sequence) else [dim])] else rows
+            return UNTRACKED
+        return UNTRACKED if tag.axis in [d % x.dim() for d in (dim if isinstance(dim, Sequence) else [dim])] else tag
 
     return rule
 
 
-follows("softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp cumsum_ cumprod_")(_kept(1))
-follows("glu")(_kept(1, -1))
-follows("gumbel_softmax")(_kept(4, -1))
-follows("normalize")(_kept(2, 1))
-follows(Tensor.unfold)(_kept(1, None, "dimension"))
+rule_for("softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp cumsum_ cumprod_")(_unreduced(1))
+rule_for("glu")(_unreduced(1, -1))
+rule_for("gumbel_softmax")(_unreduced(4, -1))
+rule_for("normalize")(_unreduced(2, 1))
+rule_for(Tensor.unfold)(_unreduced(1, None, "dimension"))
 
 
-@follows("layer_norm rms_norm")
-def layer_norm(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """The last axes are normalised."""
-    x, rows = only_first(args, kwargs)
+@rule_for("layer_norm rms_norm")
+def track_layer_norm(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """Normalisation over the last axes."""
+    x, tag = only_first(args, kwargs)
     last = x.dim() - len(argument(args, kwargs, 1, "normalized_shape"))
-    return LOST if isinstance(rows, SampleAxis) and rows.axis >= last else rows
+    return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis >= last else tag
 
 
-def _pairwise(position: int | None, default: int) -> Rule:
-    def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+def _pairwise(position: int | None, default: int) -> TrackingRule:
+    def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
         a, b = list(tensors(args, kwargs))[:2]
         shape = torch.broadcast_shapes(a.shape, b.shape)
         dim = default if position is None else argument(args, kwargs, position, "dim", default)
@@ -89,31 +89,31 @@ def _pairwise(position: int | None, default: int) -> Rule:
     return rule
 
 
-follows("cosine_similarity")(_pairwise(2, 1))
-follows("pairwise_distance")(_pairwise(None, -1))
+rule_for("cosine_similarity")(_pairwise(2, 1))
+rule_for("pairwise_distance")(_pairwise(None, -1))
 
 
-def _sorting(position: int) -> Rule:
-    """Along an axis that is not the samples'. A vector along it may be sorted too: where its elements went is known."""
+def _sorting(position: int) -> TrackingRule:
+    """Sorting along another axis than the sample axis; a vector may be sorted along it, since the order is known."""
 
-    def rule(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-        x, rows = only_first(args, kwargs)
-        if not isinstance(rows, SampleAxis):
-            return rows
-        if argument(args, kwargs, position, "dim", -1) % x.dim() != rows.axis:
-            return rows
+    def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+        x, tag = only_first(args, kwargs)
+        if not isinstance(tag, SampleAxis):
+            return tag
+        if argument(args, kwargs, position, "dim", -1) % x.dim() != tag.axis:
+            return tag
         order = result if isinstance(result, Tensor) else result[-1]
-        return LOST if x.dim() > 1 else SampleAxis(0, 1, picked(rows, x.shape[0], order, batch.size))
+        return UNTRACKED if x.dim() > 1 else SampleAxis(0, 1, picked(tag, x.shape[0], order, batch.size))
 
     return rule
 
 
-follows("sort argsort")(_sorting(1))
-follows("topk")(_sorting(2))
+rule_for("sort argsort")(_sorting(1))
+rule_for("topk")(_sorting(2))
 
 
-@follows("multinomial")
-def multinomial(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("multinomial")
+def track_multinomial(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Draws along the last axis."""
-    x, rows = only_first(args, kwargs)
-    return LOST if isinstance(rows, SampleAxis) and rows.axis == x.dim() - 1 else rows
+    x, tag = only_first(args, kwargs)
+    return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis == x.dim() - 1 else tag

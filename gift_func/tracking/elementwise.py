@@ -1,4 +1,4 @@
-"""Functions that treat every element by itself: samples stay where broadcasting puts them."""
+"""Elementwise functions: the sample axis is where broadcasting puts it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import KEY, LOST, SampleAxis, Tag
-from .table import TOLERANT, Args, Batch, Kwargs, aligned, broadcast, contract, follows, functions, only_first, tag_of, tensors
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag
+from .table import (
+    TOLERANT,
+    Args,
+    BatchInfo,
+    Kwargs,
+    aligned,
+    broadcast,
+    contract,
+    functions,
+    only_first,
+    rule_for,
+    tag_of,
+    tensors,
+)
 
 _ARITHMETIC = """
     add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power rsub neg negative positive
@@ -53,72 +66,72 @@ _LOSSES = """
     """
 
 
-@follows(" ".join([*_BOTH, *(f"{name}_" for name in _BOTH), _DUNDERS, _OPERATORS]))
-def elementwise(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Any:
-    """Arguments aligned from the right; all that carry samples must carry them alike."""
+@rule_for(" ".join([*_BOTH, *(f"{name}_" for name in _BOTH), _DUNDERS, _OPERATORS]))
+def track_elementwise(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+    """Arguments are broadcast; those with a sample axis must have the same samples along it."""
     if not isinstance(result, Tensor):
-        # torch.where(mask): positions, which are data to index with. What they pick has an owner of its own.
+        # torch.where(mask) returns positions, which are data to index with; `getitem` finds the samples of what they select.
         return None
     if not kwargs and len(args) == 1:
         return tag_of(args[0])
-    # The usual case, one tagged argument of the result's own shape, without the general rule's cost.
+    # A short way for the usual case: one tagged argument, of the result's shape.
     shape = result.shape
     found: Tag = None
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            rows = value.__dict__.get(KEY)
-            if rows is not None and rows is not found:
-                if found is not None or value.shape != shape or type(rows) is not SampleAxis:
+            tag = value.__dict__.get(TAG_KEY)
+            if tag is not None and tag is not found:
+                if found is not None or value.shape != shape or type(tag) is not SampleAxis:
                     return broadcast(tensors(args, kwargs), shape, batch)
-                found = rows
+                found = tag
     return found
 
 
 TOLERANT.update(functions("where"))
 
 
-@follows(_UNARY, tolerant=True)
-def unary(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-    """Only the first argument counts; a tensor given for its element type, say, has no part in the values."""
+@rule_for(_UNARY, tolerant=True)
+def track_unary(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+    """The result's values depend on the first argument only, and not on a tensor given for its dtype, say."""
     return tag_of(args[0] if args else next(iter(kwargs.values())))
 
 
-@follows("bucketize isin prelu", tolerant=True)
-def by_table(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-    """The first argument counts, and no other may be of the batch."""
+@rule_for("bucketize isin prelu", tolerant=True)
+def track_by_table(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+    """The first argument's sample axis; no other argument may have a tag."""
     return only_first(args, kwargs)[1]
 
 
-@follows(_CONSTANT, tolerant=True)
-def constant(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-    """Nothing of the batch's values is in the result, or only positions to index with."""
+@rule_for(_CONSTANT, tolerant=True)
+def track_constant(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+    """The result does not depend on the batch's values, or consists of positions to index with."""
     return None
 
 
-@follows("full_like fill_ fill", tolerant=True)
-def filled(batch: Batch, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-    """A constant, unless the value that fills is of the batch."""
-    return LOST if any(tag_of(value) is not None for value in tensors(args[1:], kwargs)) else None
+@rule_for("full_like fill_ fill", tolerant=True)
+def track_filled(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+    """A constant, unless the fill value has a tag."""
+    return UNTRACKED if any(tag_of(value) is not None for value in tensors(args[1:], kwargs)) else None
 
 
-@follows("copy_", tolerant=True)
-def copied(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """What was there before is gone."""
+@rule_for("copy_", tolerant=True)
+def track_copied(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """The source's samples; what the target contained before does not matter."""
     return aligned(args[1] if len(args) > 1 else kwargs["src"], result.shape, batch)
 
 
-@follows(_LOSSES)
-def loss(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """Elementwise unless it is reduced, as it is by default."""
-    return elementwise(batch, args, kwargs, result) if kwargs.get("reduction") == "none" else LOST
+@rule_for(_LOSSES)
+def track_loss(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """Elementwise with `reduction="none"`; the default mixes the samples."""
+    return track_elementwise(batch, args, kwargs, result) if kwargs.get("reduction") == "none" else UNTRACKED
 
 
-@follows("cross_entropy nll_loss")
-def classes(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """Classes lie along axis 1 of the input, and of the target if it has as many axes."""
+@rule_for("cross_entropy nll_loss")
+def track_classes(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """Classes are on axis 1 of the input, and of the target if it has as many axes."""
     scores = args[0]
     if kwargs.get("reduction") != "none" or scores.dim() < 2:
-        return LOST
+        return UNTRACKED
     target = args[1] if len(args) > 1 else kwargs["target"]
     out = list(range(result.dim()))
     inside = [*out[:1], "class", *out[1:]]

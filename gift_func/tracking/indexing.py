@@ -1,4 +1,4 @@
-"""What an index reads: which sample is where follows from the index's own values."""
+"""Reading by index: the samples of the result follow from the values of the index."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import LOST, SampleAxis, Tag, Untracked, merge, picked, placed, put
-from .table import Args, Batch, Kwargs, argument, contract, follows, only_first, tag_of
+from .layout import UNTRACKED, SampleAxis, Tag, Untracked, merge, picked, placed, set_tag
+from .table import Args, BatchInfo, Kwargs, argument, contract, only_first, rule_for, tag_of
 
 Item = tuple[Any, int]
-"""One step of an index and the axis of the tensor that it stands for, -1 for a new axis."""
+"""One step of an index and the axis of the tensor that it indexes, -1 for a new axis."""
 
 
-def steps_of(index: Any, n: int, batch: Batch) -> list[Item] | None:
-    """An index on n axes as steps; a mask becomes the positions that it holds.
+def steps_of(index: Any, n: int, batch: BatchInfo) -> list[Item] | None:
+    """An index of a tensor of n axes as steps; a mask is replaced by the positions where it is true.
 
     Returns:
         None for an index of a kind that is not known.
@@ -31,7 +31,7 @@ def steps_of(index: Any, n: int, batch: Batch) -> list[Item] | None:
         if isinstance(step, bool) or (isinstance(step, Tensor) and step.dim() == 0 and step.dtype == torch.bool):
             return None
         if isinstance(step, Tensor) and step.dtype == torch.bool:
-            steps.extend(_positions(step, batch))
+            steps.extend(_mask_positions(step, batch))
         elif isinstance(step, Tensor) and step.dim() == 0 and tag_of(step) is None:
             steps.append(int(step))
         else:
@@ -47,26 +47,26 @@ def steps_of(index: Any, n: int, batch: Batch) -> list[Item] | None:
     return items
 
 
-def _positions(mask: Tensor, batch: Batch) -> Sequence[Tensor]:
-    """A mask's positions, one vector for each of its axes; each position is of the sample that its part of the mask is of."""
+def _mask_positions(mask: Tensor, batch: BatchInfo) -> Sequence[Tensor]:
+    """A mask's positions, one vector for each of its axes; each position is of the sample of that element of the mask."""
     found = mask.nonzero(as_tuple=True)
-    rows = tag_of(mask)
-    if isinstance(rows, SampleAxis):
-        rows = SampleAxis(0, 1, picked(rows, mask.shape[rows.axis], found[rows.axis], batch.size))
+    tag = tag_of(mask)
+    if isinstance(tag, SampleAxis):
+        tag = SampleAxis(0, 1, picked(tag, mask.shape[tag.axis], found[tag.axis], batch.size))
     for position in found:
-        put(position, rows)
+        set_tag(position, tag)
     return found
 
 
-def _sliced(rows: SampleAxis, axis: int, size: int, step: slice, batch: Batch) -> SampleAxis:
+def _sliced(tag: SampleAxis, axis: int, size: int, step: slice, batch: BatchInfo) -> SampleAxis:
     start, stop, stride = step.indices(size)
     if start == 0 and stop >= size and stride == 1:
-        return rows.on(axis)
-    return SampleAxis(axis, 1, picked(rows, size, step, batch.size))
+        return tag.on(axis)
+    return SampleAxis(axis, 1, picked(tag, size, step, batch.size))
 
 
-def spread(owners: Tensor) -> tuple[int, Tensor] | None:
-    """The axis along which alone owners vary, and the owners along it; None if there is no such axis."""
+def axis_of_owners(owners: Tensor) -> tuple[int, Tensor] | None:
+    """The only axis along which owners vary, and the owners along it; None if they vary along several."""
     for axis, size in enumerate(owners.shape):
         if owners.dim() == 1:
             return 0, owners
@@ -76,17 +76,17 @@ def spread(owners: Tensor) -> tuple[int, Tensor] | None:
     return None
 
 
-def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch) -> tuple[Tag, list[int]]:
+def indexed(shape: Sequence[int], tag: Tag, items: Sequence[Item], batch: BatchInfo) -> tuple[Tag, list[int]]:
     """The tag and the shape of what an index reads from a tensor.
 
-    Tensors among the steps are broadcast together. Their axes stand where the steps stood if those are neighbours, else
-    first. A single number is a slice of one that goes away, as in torch, and not a tensor, as it is in numpy.
+    Tensors among the steps are broadcast together. Their axes are where the steps were if those are adjacent, otherwise
+    first. A single number removes its axis, as in torch, and does not count as a tensor, as it would in numpy.
 
     Args:
         shape: of the tensor.
-        rows: the tensor's tag.
-        items: as `steps_of` gives them.
-        batch: the call's.
+        tag: of the tensor.
+        items: as `steps_of` returns them.
+        batch: the call's batch.
     """
     kept = [(step, axis) for step, axis in items if not isinstance(step, int)]
     places = [i for i, (step, _) in enumerate(kept) if isinstance(step, Tensor)]
@@ -100,26 +100,26 @@ def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch
 
     found: Tag = None
     owned_by = -1
-    if isinstance(rows, Untracked):
-        return rows, out
-    if isinstance(rows, SampleAxis):
-        i = next((i for i, (_, axis) in enumerate(kept) if axis == rows.axis), None)
+    if isinstance(tag, Untracked):
+        return tag, out
+    if isinstance(tag, SampleAxis):
+        i = next((i for i, (_, axis) in enumerate(kept) if axis == tag.axis), None)
         if i is None:
-            return LOST, out
+            return UNTRACKED, out
         step, axis = kept[i]
         if isinstance(step, Tensor):
             owned_by = i
-            where = spread(picked(rows, shape[axis], step.expand(block), batch.size))
+            where = axis_of_owners(picked(tag, shape[axis], step.expand(block), batch.size))
             if where is None:
-                return LOST, out
+                return UNTRACKED, out
             found = SampleAxis(start + where[0], 1, where[1])
         else:
-            found = _sliced(rows, spot[i], shape[axis], step, batch)
+            found = _sliced(tag, spot[i], shape[axis], step, batch)
             if any(tag_of(kept[j][0]) is not None for j in places):
-                return LOST, out
+                return UNTRACKED, out
     for i in places:
         mark = tag_of(kept[i][0])
-        # What stands on the samples' axis only chooses among rows, and a row's sample is known whatever chose it.
+        # An index of the sample axis only selects rows, and a row's sample is known whatever the index was computed from.
         if i == owned_by or mark is None:
             continue
         if isinstance(mark, SampleAxis):
@@ -130,8 +130,8 @@ def indexed(shape: Sequence[int], rows: Tag, items: Sequence[Item], batch: Batch
     return found, out
 
 
-def _only_slices(rows: SampleAxis, index: Sequence[Any], n: int) -> SampleAxis | None:
-    """The tag after an index of slices, numbers and new axes that leaves the samples' axis whole; None for any other index."""
+def _only_slices(tag: SampleAxis, index: Sequence[Any], n: int) -> SampleAxis | None:
+    """The tag after an index of slices, numbers and new axes that takes all of the sample axis; None for any other index."""
     given = 0
     for step in index:
         kind = type(step)
@@ -143,40 +143,40 @@ def _only_slices(rows: SampleAxis, index: Sequence[Any], n: int) -> SampleAxis |
     for step in index:
         if step is Ellipsis:
             skipped = n - given
-            if axis <= rows.axis < axis + skipped:
-                return rows.on(out + rows.axis - axis)
+            if axis <= tag.axis < axis + skipped:
+                return tag.on(out + tag.axis - axis)
             axis, out = axis + skipped, out + skipped
         elif step is None:
             out += 1
-        elif axis == rows.axis:
+        elif axis == tag.axis:
             whole = type(step) is slice and step.start is None and step.stop is None and step.step is None
-            return rows.on(out) if whole else None
+            return tag.on(out) if whole else None
         else:
             axis, out = axis + 1, out + (type(step) is slice)
-    return rows.on(out + rows.axis - axis)
+    return tag.on(out + tag.axis - axis)
 
 
-@follows("__getitem__", tolerant=True)
-def getitem(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """Reading by index. From a tensor that is not of the batch, a table, each row is of the sample that asked for it."""
+@rule_for("__getitem__", tolerant=True)
+def track_getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """Reading by index. A row of a tensor without a tag, such as a table, is of the sample of the index that selects it."""
     x, index = args
-    rows = tag_of(x)
-    if isinstance(rows, Untracked):
-        return rows
-    if rows is not None:
-        simple = _only_slices(rows, index if isinstance(index, tuple) else (index,), x.dim())
+    tag = tag_of(x)
+    if isinstance(tag, Untracked):
+        return tag
+    if tag is not None:
+        simple = _only_slices(tag, index if isinstance(index, tuple) else (index,), x.dim())
         if simple is not None:
             return simple
     items = steps_of(index, x.dim(), batch)
     if items is None or any(isinstance(step, Tensor) and step.dim() == 0 for step, _ in items):
-        return LOST
-    batch.note(rows, x.shape)
-    found, shape = indexed(x.shape, rows, items, batch)
-    return found if shape == list(result.shape) else LOST
+        return UNTRACKED
+    batch.note(tag, x.shape)
+    found, shape = indexed(x.shape, tag, items, batch)
+    return found if shape == list(result.shape) else UNTRACKED
 
 
-@follows("index_select", tolerant=True)
-def index_select(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("index_select", tolerant=True)
+def track_index_select(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     items = along(x, dim, index.reshape(-1) if index.dim() == 0 else index, batch)
@@ -184,40 +184,40 @@ def index_select(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Ta
     return indexed(x.shape, tag_of(x), items, batch)[0]
 
 
-def along(x: Tensor, dim: int, index: Tensor, batch: Batch) -> list[Item]:
-    """The steps of an index on one axis of a tensor."""
+def along(x: Tensor, dim: int, index: Tensor, batch: BatchInfo) -> list[Item]:
+    """The steps of an index of one axis of a tensor."""
     dim %= x.dim()
     return [(index if axis == dim else slice(None), axis) for axis in range(x.dim())]
 
 
-@follows("gather take_along_dim", tolerant=True)
-def gather(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("gather take_along_dim", tolerant=True)
+def track_gather(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by an index for every element along an axis."""
     x = args[0] if args else kwargs["input"]
     given = {"dim": kwargs.get("dim"), "index": kwargs.get("index", kwargs.get("indices"))}
     for value in args[1:]:
         given["index" if isinstance(value, Tensor) else "dim"] = value
-    index, dim, rows = given["index"], given["dim"], tag_of(x)
+    index, dim, tag = given["index"], given["dim"], tag_of(x)
     if dim is None or index.dim() != x.dim():
-        return LOST
+        return UNTRACKED
     dim %= x.dim()
-    if isinstance(rows, SampleAxis) and rows.axis == dim:
-        where = spread(picked(rows, x.shape[dim], index.expand(result.shape), batch.size))
-        return LOST if where is None else SampleAxis(where[0], 1, where[1])
+    if isinstance(tag, SampleAxis) and tag.axis == dim:
+        where = axis_of_owners(picked(tag, x.shape[dim], index.expand(result.shape), batch.size))
+        return UNTRACKED if where is None else SampleAxis(where[0], 1, where[1])
     axes = list(range(x.dim()))
     return contract([(x, ["read" if axis == dim else axis for axis in axes]), (index, axes)], axes, result.shape, batch)
 
 
-@follows(F.embedding)
-def embedding(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for(F.embedding)
+def track_embedding(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A row of the table for every index."""
     return only_first(args, kwargs)[1]
 
 
-@follows(F.embedding_bag)
-def embedding_bag(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for(F.embedding_bag)
+def track_embedding_bag(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Bags of one size: `[bags, indices]`, and weights of the same shape."""
     bags, weights = args[0] if args else kwargs["input"], argument(args, kwargs, 7, "per_sample_weights")
     if bags.dim() == 2:
         return contract([(bags, "bi"), (weights, "bi")], "bd", result.shape, batch)
-    return LOST
+    return UNTRACKED

@@ -1,4 +1,4 @@
-"""Where the samples of a batch lie in a tensor: a tensor's tag, and what becomes of one when its axis is cut or reshaped."""
+"""A tensor's tag, which says where the batch's samples lie in it, and how indexing and reshaping change it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-KEY = "_gift_func_rows"
+TAG_KEY = "_gift_func_tag"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SampleAxis:
-    """Where a tensor's samples lie.
+    """The axis of a tensor along which the batch's samples lie.
 
     Index j along `axis` belongs to sample `(j // inner) % batch`, or to `owners[j]` where owners are given.
 
@@ -42,7 +42,7 @@ class SampleAxis:
 
 @dataclass(frozen=True)
 class Untracked:
-    """The tag of a tensor that was made from the batch but whose samples cannot be told apart.
+    """The tag of a tensor that was made from the batch and whose samples cannot be told apart.
 
     Attributes:
         function: the first function that has no rule, or that mixed the samples: `"torch.fft.fft"`.
@@ -51,60 +51,60 @@ class Untracked:
     function: str
 
 
-LOST = Untracked("")
-"""What a rule answers when samples are mixed; the mode puts the function's name to it."""
+UNTRACKED = Untracked("")
+"""What a rule returns when samples are mixed; the mode adds the function's name."""
 
 Tag: TypeAlias = SampleAxis | Untracked | None
 
 
-def rows_of(tensor: Tensor) -> Tag:
-    """A tensor's tag: its rows, that they were lost, or None for one that the batch never touched."""
-    found: Tag = tensor.__dict__.get(KEY)
+def sample_axis_of(tensor: Tensor) -> Tag:
+    """A tensor's tag: its sample axis, `Untracked`, or None if it was not made from the batch."""
+    found: Tag = tensor.__dict__.get(TAG_KEY)
     return found
 
 
-def tag(tensor: Tensor, rows: Tag) -> Tensor:
-    """An alias of a tensor that carries a tag; the tensor object given is not marked.
+def tag(tensor: Tensor, value: Tag) -> Tensor:
+    """An alias of a tensor, with a tag; the tensor object given is not tagged.
 
     Example:
         >>> import torch
-        >>> from gift_func.tracking.sample_axis import SampleAxis, rows_of, tag
+        >>> from gift_func.tracking.sample_axis import SampleAxis, sample_axis_of, tag
         >>> x = torch.ones(3, 4)
-        >>> rows_of(tag(x, SampleAxis(0, 1))), rows_of(x)
+        >>> sample_axis_of(tag(x, SampleAxis(0, 1))), sample_axis_of(x)
         (SampleAxis(axis=0, inner=1, owners=None), None)
     """
     alias = tensor.view_as(tensor)
-    put(alias, rows)
+    set_tag(alias, value)
     return alias
 
 
-def put(tensor: Tensor, rows: Tag) -> None:
-    """Write a tensor's tag, or take it away."""
-    if rows is not None:
-        tensor.__dict__[KEY] = rows
-    elif KEY in tensor.__dict__:
-        del tensor.__dict__[KEY]
+def set_tag(tensor: Tensor, value: Tag) -> None:
+    """Set a tensor's tag, or remove it."""
+    if value is not None:
+        tensor.__dict__[TAG_KEY] = value
+    elif TAG_KEY in tensor.__dict__:
+        del tensor.__dict__[TAG_KEY]
 
 
-def owner_index(rows: SampleAxis, size: int, batch: int, device: torch.device | str | None = None) -> Tensor:
+def owner_index(samples: SampleAxis, size: int, batch: int, device: torch.device | str | None = None) -> Tensor:
     """The sample to which each index along the axis belongs.
 
     Args:
-        rows: where the samples lie.
-        size: of the axis.
+        samples: the sample axis.
+        size: its size.
         batch: the number of samples.
-        device: of the answer.
+        device: of the result.
 
     Returns:
         int64 `[size]`.
     """
-    if rows.owners is not None:
-        return rows.owners.to(device=device)
-    return torch.arange(size, device=device).div_(rows.inner, rounding_mode="floor").remainder_(batch)
+    if samples.owners is not None:
+        return samples.owners.to(device=device)
+    return torch.arange(size, device=device).div_(samples.inner, rounding_mode="floor").remainder_(batch)
 
 
 def agree(a: SampleAxis, b: SampleAxis, size: int, batch: int) -> bool:
-    """Whether two tags give every index along an axis of a size the same sample; their axes are not compared."""
+    """Whether two sample axes of this size have the same sample at each index; which axes they are is not compared."""
     if batch == 1 or a is b:
         return True
     if a.owners is None and b.owners is None:
@@ -116,46 +116,46 @@ def agree(a: SampleAxis, b: SampleAxis, size: int, batch: int) -> bool:
 
 
 def merge(a: Tag, b: Tag, shape: Sequence[int], batch: int) -> Tag:
-    """The tag of a result of a shape that depends on two things, each with its samples where its tag says."""
+    """The tag of a result of this shape that is computed from two tensors, whose tags in the result's axes are given."""
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, Untracked) or isinstance(b, Untracked):
-        return LOST
+        return UNTRACKED
     if batch == 1 or (a.axis == b.axis and agree(a, b, shape[a.axis], batch)):
         return b if a.owners is not None and b.owners is None else a
-    return LOST
+    return UNTRACKED
 
 
-def placed(rows: SampleAxis, axis: int, size: int, new_size: int, batch: int) -> Tag:
-    """A tag moved to another axis, which broadcasting may have grown from 1."""
+def placed(samples: SampleAxis, axis: int, size: int, new_size: int, batch: int) -> Tag:
+    """The same samples along another axis, which broadcasting may have expanded from size 1."""
     if size == new_size:
-        return rows.on(axis)
+        return samples.on(axis)
     if size != 1:
-        return LOST
+        return UNTRACKED
     if batch == 1:
         return SampleAxis(axis, new_size)
-    owner = owner_index(rows, 1, batch)
+    owner = owner_index(samples, 1, batch)
     return SampleAxis(axis, 1, owner.expand(new_size))
 
 
-def picked(rows: SampleAxis, size: int, index: Tensor | slice, batch: int) -> Tensor:
-    """The owners of the indices that are picked from the axis; of the index's own shape."""
+def picked(samples: SampleAxis, size: int, index: Tensor | slice, batch: int) -> Tensor:
+    """The owners of the indices that an index selects from the axis; of the index's own shape."""
     if isinstance(index, slice):
-        return owner_index(rows, size, batch)[index]
-    if rows.owners is None:
-        return index.remainder(size).div_(rows.inner, rounding_mode="floor").remainder_(batch).long()
-    return rows.owners.to(index.device)[index]
+        return owner_index(samples, size, batch)[index]
+    if samples.owners is None:
+        return index.remainder(size).div_(samples.inner, rounding_mode="floor").remainder_(batch).long()
+    return samples.owners.to(index.device)[index]
 
 
-def reshaped(rows: SampleAxis, shape: Sequence[int], new_shape: Sequence[int], batch: int) -> Tag:
-    """The tag after the elements, in row-major order, are given another shape.
+def reshaped(samples: SampleAxis, shape: Sequence[int], new_shape: Sequence[int], batch: int) -> Tag:
+    """The tag after a reshape, which keeps the elements in row-major order.
 
     In a regular layout `inner * prod(shape[axis + 1:])` consecutive elements belong to one sample. An axis of the new
-    shape holds the samples if such a block is a whole number of its indices, and the samples start anew with it.
+    shape is the sample axis if such a block is a whole number of its indices, and the samples begin again with it.
     """
-    axis = rows.axis
+    axis = samples.axis
     if tuple(shape) == tuple(new_shape):
-        return rows
+        return samples
     before, size, after = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
     candidates = range(len(new_shape))
     # An axis that is there as before comes first: with one sample, or no elements, others would do as well.
@@ -163,19 +163,19 @@ def reshaped(rows: SampleAxis, shape: Sequence[int], new_shape: Sequence[int], b
         a for a in candidates if new_shape[a] == size and prod(new_shape[:a]) == before and prod(new_shape[a + 1 :]) == after
     ]
     if same:
-        return rows.on(same[0])
+        return samples.on(same[0])
     if before * size * after == 0 or prod(new_shape) != before * size * after:
-        return LOST
-    if rows.owners is not None:
-        return _reshaped_owners(rows.owners, before, after, new_shape)
-    block = rows.inner * after
+        return UNTRACKED
+    if samples.owners is not None:
+        return _reshaped_owners(samples.owners, before, after, new_shape)
+    block = samples.inner * after
     for a in candidates:
         suffix = prod(new_shape[a + 1 :])
         if block % suffix == 0:
             inner = block // suffix
             if new_shape[a] % (inner * batch) == 0:
                 return SampleAxis(a, inner)
-    return LOST
+    return UNTRACKED
 
 
 def _reshaped_owners(owners: Tensor, before: int, after: int, new_shape: Sequence[int]) -> Tag:
@@ -192,4 +192,4 @@ def _reshaped_owners(owners: Tensor, before: int, after: int, new_shape: Sequenc
         found = table[0, :, 0]
         if bool((table == found[:, None]).all()):
             return SampleAxis(a, 1, found)
-    return LOST
+    return UNTRACKED

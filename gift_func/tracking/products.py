@@ -1,4 +1,4 @@
-"""Products: samples on a batch axis, on the rows of the left or the columns of the right operand go through."""
+"""Products: the sample axis may be a batch axis, the rows of the left operand or the columns of the right one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import LOST, SampleAxis, Tag
-from .table import Args, Batch, Kwargs, argument, contract, follows, tag_of
+from .layout import UNTRACKED, SampleAxis, Tag
+from .table import Args, BatchInfo, Kwargs, argument, contract, rule_for, tag_of
 
 
 def _matmul_labels(n: int, left: bool, matrix: Sequence[str] = ("n", "k", "m")) -> list[Any]:
@@ -18,26 +18,26 @@ def _matmul_labels(n: int, left: bool, matrix: Sequence[str] = ("n", "k", "m")) 
     return [*range(n - 3, -1, -1), *(matrix[:2] if left else matrix[1:])]
 
 
-@follows("matmul mm bmm mv dot vdot __matmul__")
-def matmul(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("matmul mm bmm mv dot vdot __matmul__")
+def track_matmul(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., n, k] @ [..., k, m]`, and vectors in either place."""
     a, b = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
-    return _product(None, a, b, result, batch)
+    return _product_tag(None, a, b, result, batch)
 
 
-@follows("__rmatmul__")
-def reversed_matmul(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """The operands are given the other way round."""
-    return _product(None, args[1], args[0], result, batch)
+@rule_for("__rmatmul__")
+def track_reversed_matmul(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """`matmul` with its operands swapped."""
+    return _product_tag(None, args[1], args[0], result, batch)
 
 
-@follows("addmm baddbmm addmv addmm_ baddbmm_ addmv_")
-def added(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """A product on top of a tensor that broadcasts to it."""
-    return _product(args[0], args[1], args[2], result, batch)
+@rule_for("addmm baddbmm addmv addmm_ baddbmm_ addmv_")
+def track_added(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """A product added to a tensor that is broadcast to its shape."""
+    return _product_tag(args[0], args[1], args[2], result, batch)
 
 
-def _product(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: Batch) -> Tag:
+def _product_tag(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: BatchInfo) -> Tag:
     out = [*range(max(a.dim(), b.dim()) - 3, -1, -1), *(["n"] if a.dim() > 1 else []), *(["m"] if b.dim() > 1 else [])]
     operands = [(a, _matmul_labels(a.dim(), True)), (b, _matmul_labels(b.dim(), False))]
     if onto is not None:
@@ -45,22 +45,22 @@ def _product(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: B
     return contract(operands, out, result.shape, batch)
 
 
-@follows("linear")
-def linear(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("linear")
+def track_linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., k]` times `[m, k]`, plus `[m]`."""
     x = args[0] if args else kwargs["input"]
-    rows = tag_of(x)
+    tag = tag_of(x)
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    if isinstance(rows, SampleAxis) and tag_of(weight) is None and tag_of(bias) is None:
-        return LOST if rows.axis == x.dim() - 1 else rows
+    if isinstance(tag, SampleAxis) and tag_of(weight) is None and tag_of(bias) is None:
+        return UNTRACKED if tag.axis == x.dim() - 1 else tag
     out = [*range(result.dim() - 1), "m"] if weight.dim() == 2 else [*range(result.dim())]
     inside = [*range(x.dim() - 1), "k"]
     outside = ["m", "k"] if weight.dim() == 2 else ["k"]
     return contract([(x, inside), (weight, outside), (bias, out[-1:])], out, result.shape, batch)
 
 
-@follows("bilinear")
-def bilinear(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("bilinear")
+def track_bilinear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., i]` and `[..., j]` through `[m, i, j]`."""
     weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
     lead = list(range(result.dim() - 1))
@@ -73,14 +73,14 @@ def bilinear(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     return contract(operands, [*lead, "m"], result.shape, batch)
 
 
-@follows("outer ger")
-def outer(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("outer ger")
+def track_outer(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[n]` times `[m]`."""
     return contract([(args[0], "n"), (args[1], "m")], "nm", result.shape, batch)
 
 
-@follows("cdist")
-def cdist(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("cdist")
+def track_cdist(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., n, k]` from `[..., m, k]`."""
     a, b = args[0], args[1]
     right = [*range(b.dim() - 3, -1, -1), "m", "k"]
@@ -88,11 +88,11 @@ def cdist(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     return contract([(a, _matmul_labels(a.dim(), True)), (b, right)], out, result.shape, batch)
 
 
-@follows("einsum")
-def einsum(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """By the equation's own letters; an ellipsis counts from the right."""
+@rule_for("einsum")
+def track_einsum(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """The equation's letters are the labels; the axes of an ellipsis are numbered from the right."""
     if not isinstance(args[0], str):
-        return LOST
+        return UNTRACKED
     operands = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:]
     left, arrow, right = args[0].replace(" ", "").partition("->")
     terms = left.split(",")
@@ -108,8 +108,8 @@ def _letters(term: str, n: int) -> list[Any]:
     return [*before, *(range(n - len(before) - len(after) - 1, -1, -1) if dots else ()), *after]
 
 
-@follows("scaled_dot_product_attention")
-def attention(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@rule_for("scaled_dot_product_attention")
+def track_attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., L, E]`, `[..., S, E]` and `[..., S, Ev]`: samples on a leading axis, or on the queries alone."""
     labels = (["l", "e"], ["s", "e"], ["s", "v"], ["l", "s"])
     given = [argument(args, kwargs, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask"))]
@@ -119,12 +119,12 @@ def attention(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     return contract(operands, [*range(result.dim() - 3, -1, -1), "l", "v"], result.shape, batch)
 
 
-@follows("grouped_mm _grouped_mm", tolerant=True)
-def grouped_mm(batch: Batch, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """Groups of rows, each times a matrix of its own; where the groups end has no part in which sample a row is of."""
-    rows, other = tag_of(args[0]), tag_of(args[1])
+@rule_for("grouped_mm _grouped_mm", tolerant=True)
+def track_grouped_mm(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+    """Groups of rows, each times its own matrix; where the groups end does not change which sample a row is of."""
+    tag, other = tag_of(args[0]), tag_of(args[1])
     if args[0].dim() == args[1].dim() == 3:
-        return _product(None, args[0], args[1], result, batch)
+        return _product_tag(None, args[0], args[1], result, batch)
     if other is not None or args[0].dim() != 2 or args[1].dim() != 3:
-        return LOST
-    return LOST if isinstance(rows, SampleAxis) and rows.axis == 1 else rows
+        return UNTRACKED
+    return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis == 1 else tag

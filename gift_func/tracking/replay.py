@@ -1,7 +1,7 @@
-"""A call that need not be followed, because one of its kind was: as long as it reads the same values of its tensors.
+"""A call that is not tracked, because an earlier call of its kind was: valid while it reads the same values from its tensors.
 
-What a network does is settled by the form of its arguments and by the values that it reads (`if mask.all():`). Reading one
-number is cheap to compare; what reads many, or makes a tensor of a size that values decide, is not tried.
+What a network does depends on the form of its arguments and on the values that it reads (`if mask.all():`). Single numbers
+are cheap to compare. A call that reads many, or makes a tensor whose size depends on values, is tracked every time.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .table import Function
+from ..weights.slot import TorchFunction
 
 Answer = bool | int | float
-READERS: frozenset[Function] = frozenset(
+READERS: frozenset[TorchFunction] = frozenset(
     [
         Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.__contains__,
         Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero,
     ]
 )  # fmt: skip
-"""Functions that answer with one number of a tensor's values."""
+"""Functions that return one number, read from a tensor's values."""
 
 
 class DivergedError(Exception):
-    """The network went another way than the remembered one."""
+    """A call did not do what the recorded path says."""
 
 
 class ReplayReads(TorchFunctionMode):
-    """While it is on, numbers that are read of tensors must be those of an earlier call.
+    """A mode in which the numbers that are read from tensors must be those of an earlier call.
 
     Args:
-        answers: the earlier call's, in order.
+        answers: the numbers that the earlier call read, in order.
 
     Raises:
-        DivergedError: out of the function that reads another number, or one more; at the end if some were not read.
+        DivergedError: from the function that reads another number, or one too many; on leaving the mode if some were not read.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ class ReplayReads(TorchFunctionMode):
             raise DivergedError
 
     def __torch_function__(
-        self, func: Function, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: TorchFunction, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
         if func in READERS:

@@ -1,4 +1,4 @@
-"""The table of rules: for a torch function, where the samples lie in its result."""
+"""The table of rules, which say for a torch function where the samples lie in its result."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..weights.names import getter
-from .layout import KEY, LOST, SampleAxis, Tag, Untracked, merge, placed
+from ..weights.slot import TorchFunction
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed
 
-Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 
 
-class Batch:
-    """What rules know of the whole call.
+class BatchInfo:
+    """What rules know of the batch.
 
     Attributes:
         size: the number of samples.
-        layouts: the regular layouts met so far, by the size of their axis: candidates for a buffer that is filled by index.
+        layouts: the sample axes without owners so far, by their size: candidates for a buffer that is written to by index.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.layouts: dict[int, list[SampleAxis]] = {}
 
-    def note(self, rows: Tag, shape: Sequence[int]) -> None:
-        """Remember a layout."""
-        if isinstance(rows, SampleAxis) and rows.owners is None:
-            known = self.layouts.setdefault(shape[rows.axis], [])
-            if all(other.inner != rows.inner for other in known):
-                known.append(rows)
+    def note(self, tag: Tag, shape: Sequence[int]) -> None:
+        """Remember the sample axis of a tensor of this shape, if it has no owners."""
+        if isinstance(tag, SampleAxis) and tag.owners is None:
+            known = self.layouts.setdefault(shape[tag.axis], [])
+            if all(other.inner != tag.inner for other in known):
+                known.append(tag)
 
 
-class Rule(Protocol):
-    """Says where the samples lie in the result: one tag, or a list of tags for a result of several tensors."""
+class TrackingRule(Protocol):
+    """A function that returns the tag of a torch function's result, or a list of tags for a result of several tensors."""
 
-    def __call__(self, batch: Batch, args: Args, kwargs: Kwargs, result: Any, /) -> Any:
+    def __call__(self, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any, /) -> Any:
         """The tag or tags, given the call's arguments and what the function returned."""
 
 
-AnyRule = TypeVar("AnyRule", bound=Rule)
+AnyTrackingRule = TypeVar("AnyTrackingRule", bound=TrackingRule)
 
-RULES: dict[Function, Rule] = {}
-TOLERANT: set[Function] = set()
-"""Functions whose rule is asked although an argument's samples are lost, since it may be one that does not matter."""
+TRACKING_RULES: dict[TorchFunction, TrackingRule] = {}
+TOLERANT: set[TorchFunction] = set()
+"""Functions whose rule is called even if an argument is untracked, since the result may not depend on that argument."""
 
 _SPACES = (torch, Tensor, F, torch.special, torch.linalg, torch._C._nn, torch._C._VariableFunctions)
 
 
-def functions(names: str | Function) -> Iterator[Function]:
-    """The torch functions of some names: of torch, its methods and nn.functional; `.mT` is an attribute that is read."""
+def functions(names: str | TorchFunction) -> Iterator[TorchFunction]:
+    """The torch functions with these names: of torch, Tensor and nn.functional; `.mT` is reading an attribute."""
     if not isinstance(names, str):
         yield names
         return
@@ -68,18 +68,18 @@ def functions(names: str | Function) -> Iterator[Function]:
                 yield function
 
 
-def follows(names: str | Function, tolerant: bool = False) -> Callable[[AnyRule], AnyRule]:
-    """Register a rule for all torch functions of some names.
+def rule_for(names: str | TorchFunction, tolerant: bool = False) -> Callable[[AnyTrackingRule], AnyTrackingRule]:
+    """Register a rule for all torch functions with these names.
 
     Args:
-        names: `"softmax log_softmax"` are torch's, the methods and nn.functional's; those that torch lacks are skipped. Or one
-            function, where functions of one name differ.
-        tolerant: ask the rule even if an argument is lost.
+        names: such as `"softmax log_softmax"`: the functions of torch, Tensor and nn.functional with these names, of which some
+            need not exist. Or one function, where functions of one name differ.
+        tolerant: call the rule even if an argument is untracked.
     """
 
-    def register(rule: AnyRule) -> AnyRule:
+    def register(rule: AnyTrackingRule) -> AnyTrackingRule:
         for function in functions(names):
-            RULES[function] = rule
+            TRACKING_RULES[function] = rule
             if tolerant:
                 TOLERANT.add(function)
         return rule
@@ -97,9 +97,9 @@ def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any 
 
 
 def tag_of(value: Any) -> Tag:
-    """The tag of an argument; None for what is no tensor."""
+    """The tag of an argument; None if it is no tensor."""
     if isinstance(value, Tensor):
-        found: Tag = value.__dict__.get(KEY)
+        found: Tag = value.__dict__.get(TAG_KEY)
         return found
     return None
 
@@ -116,28 +116,28 @@ def tensors(args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
 
 
 def only_first(args: Args, kwargs: Kwargs, name: str = "input") -> tuple[Tensor, Tag]:
-    """The first argument with its tag, which is lost if any other argument is of the batch."""
+    """The first argument and its tag, or `UNTRACKED` if another argument has a tag."""
     first = args[0] if args else kwargs[name]
     if len(args) < 3 and not kwargs and not isinstance(args[-1], (Tensor, list, tuple)):
         return first, tag_of(first)
     found = tag_of(first)
     for value in tensors(args, kwargs):
-        if value is not first and KEY in value.__dict__:
-            return first, LOST
+        if value is not first and TAG_KEY in value.__dict__:
+            return first, UNTRACKED
     return first, found
 
 
-def aligned(tensor: Tensor, shape: Sequence[int], batch: Batch) -> Tag:
-    """A tensor's tag in a result of a shape to which it broadcasts."""
-    rows = tag_of(tensor)
-    if rows is None or isinstance(rows, Untracked):
-        return rows
-    axis = rows.axis + len(shape) - tensor.dim()
-    return placed(rows, axis, tensor.shape[rows.axis], shape[axis], batch.size)
+def aligned(tensor: Tensor, shape: Sequence[int], batch: BatchInfo) -> Tag:
+    """A tensor's tag after it is broadcast to a shape."""
+    tag = tag_of(tensor)
+    if tag is None or isinstance(tag, Untracked):
+        return tag
+    axis = tag.axis + len(shape) - tensor.dim()
+    return placed(tag, axis, tensor.shape[tag.axis], shape[axis], batch.size)
 
 
-def broadcast(values: Iterator[Any] | Sequence[Any], shape: Sequence[int], batch: Batch) -> Tag:
-    """The tag of a result of a shape to which several arguments broadcast."""
+def broadcast(values: Iterator[Any] | Sequence[Any], shape: Sequence[int], batch: BatchInfo) -> Tag:
+    """The tag of a result for which several arguments are broadcast to a shape."""
     found: Tag = None
     for value in values:
         if isinstance(value, Tensor):
@@ -148,23 +148,23 @@ def broadcast(values: Iterator[Any] | Sequence[Any], shape: Sequence[int], batch
 
 
 def contract(
-    operands: Sequence[tuple[Tensor | None, Sequence[Any]]], out: Sequence[Any], shape: Sequence[int], batch: Batch
+    operands: Sequence[tuple[Tensor | None, Sequence[Any]]], out: Sequence[Any], shape: Sequence[int], batch: BatchInfo
 ) -> Tag:
     """The tag of a product of tensors whose axes are labelled as in an einsum.
 
     Args:
-        operands: tensors, each with a label for every axis; those that are None do not count.
-        out: the labels of the result. A sample axis whose label is not there is summed over.
+        operands: tensors, each with a label for every axis; None is skipped.
+        out: the labels of the result. A sample axis whose label is not among them is summed over.
         shape: of the result.
-        batch: the call's.
+        batch: the call's batch.
     """
     found: Tag = None
     for tensor, labels in operands:
-        rows = tag_of(tensor)
-        if rows is None or tensor is None:
+        tag = tag_of(tensor)
+        if tag is None or tensor is None:
             continue
-        if isinstance(rows, Untracked) or list(labels).count(labels[rows.axis]) != 1 or labels[rows.axis] not in out:
-            return LOST
-        axis = list(out).index(labels[rows.axis])
-        found = merge(found, placed(rows, axis, tensor.shape[rows.axis], shape[axis], batch.size), shape, batch.size)
+        if isinstance(tag, Untracked) or list(labels).count(labels[tag.axis]) != 1 or labels[tag.axis] not in out:
+            return UNTRACKED
+        axis = list(out).index(labels[tag.axis])
+        found = merge(found, placed(tag, axis, tensor.shape[tag.axis], shape[axis], batch.size), shape, batch.size)
     return found

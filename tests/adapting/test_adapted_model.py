@@ -148,7 +148,7 @@ def test_with_adapter_shares_the_base_and_keeps_modes_and_flags() -> None:
     assert not made.adapter["layers.0.lora_A"].requires_grad
     assert made.adapter["layers.0.lora_A"].dtype == torch.float64
     assert made.strategy == adapted.strategy
-    assert [part.name for part in made.parts] == [part.name for part in adapted.parts]
+    assert [part.name for part in made.adapted_parameters] == [part.name for part in adapted.adapted_parameters]
 
 
 def test_loading_without_strict_takes_what_fits() -> None:
@@ -238,7 +238,7 @@ def test_model_code_may_ask_for_its_parameters() -> None:
     adapted = gf.adapt(Talkative(), random_lora())
     assert adapted.asked()
     assert gf.adapt(Talkative(), gf.Full()).asked()
-    assert {name for name, _ in adapted._body.module.named_parameters()} == {name for name, _ in mlp().named_parameters()}
+    assert {name for name, _ in adapted.copy_pool.module.named_parameters()} == {name for name, _ in mlp().named_parameters()}
 
 
 def test_an_error_inside_a_property_is_not_hidden() -> None:
@@ -722,7 +722,7 @@ def test_the_entangled_model_follows_its_adapter() -> None:
     row = BY_NAME["entangled"]
     model = row.model()
     adapted = row.adapt(model, "lora")
-    body: Any = adapted._body.module
+    body: Any = adapted.copy_pool.module
     assert body.weak() is body.third
     assert body.run.__self__ is body
     assert body.listed[0] is body.second

@@ -458,7 +458,7 @@ def test_a_parametrized_neighbour_is_left_alone(make: Callable[[], nn.Module]) -
 
 def test_a_tied_weight_is_no_conflict() -> None:
     adapted = gf.adapt(Tied(), {"head": LORA, "body": LORA})
-    assert len(adapted.parts) == 2
+    assert len(adapted.adapted_parameters) == 2
 
 
 def test_a_rule_that_is_partly_shadowed_is_fine() -> None:

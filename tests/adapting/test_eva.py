@@ -111,9 +111,9 @@ def test_does_not_depend_on_the_split() -> None:
 @pytest.mark.parametrize("method", [gf.LoRA(2), gf.LoRA(2, alpha=6), gf.LoRA(2, rslora=True), gf.LoRA(2, alpha=6, rslora=True)])
 def test_scale_stays(method: gf.LoRA) -> None:
     adapted = gf.eva(net(), method, [data()], rho=3)
-    ranks = {lora(part).rank for part in adapted.parts}
+    ranks = {lora(part).rank for part in adapted.adapted_parameters}
     assert len(ranks) > 1
-    assert all(math.isclose(lora(part).scale, method.scale) for part in adapted.parts)
+    assert all(math.isclose(lora(part).scale, method.scale) for part in adapted.adapted_parameters)
 
 
 def test_patterns_name_exactly_one_module_each() -> None:
@@ -121,7 +121,7 @@ def test_patterns_name_exactly_one_module_each() -> None:
     inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(inner), nn.Linear(8, 8)).double()  # "0", "1.0.0" and "2"
     adapted = gf.eva(model, gf.LoRA(rank=2, rank_pattern={"2": 1}), [data()], rho=3)
-    found = {part.name.removesuffix(".weight"): lora(part).rank for part in adapted.parts}
+    found = {part.name.removesuffix(".weight"): lora(part).rank for part in adapted.adapted_parameters}
     assert found == {name: len(rows) for name, rows in rows_of(adapted).items()}
     assert sum(found.values()) == 5
 
@@ -132,7 +132,7 @@ def test_a_site_of_rank_0_is_left_to_no_other_rule() -> None:
     adapted = gf.eva(model, rules, [x], rho=3)
     dropped = {"0", "2", "4"} - set(rows_of(adapted))
     assert dropped
-    names = {part.name for part in adapted.parts}
+    names = {part.name for part in adapted.adapted_parameters}
     assert not names & {f"{name}.weight" for name in dropped}
     assert {"0.bias", "2.bias", "4.bias"} <= names
 
@@ -239,7 +239,7 @@ def test_nothing_of_the_users_is_touched() -> None:
         gf.eva(model, gf.LoRA(rank=2), [])
     assert not changes(before, census(model), rng=True)
     assert first.training == model.training
-    assert not any(module._forward_pre_hooks for module in first._body.structure.modules.values())
+    assert not any(module._forward_pre_hooks for module in first.copy_pool.tree.modules.values())
     second = gf.eva(model, gf.LoRA(rank=2), batches)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -306,7 +306,7 @@ def test_as_peft_does(rho: float) -> None:
         show_progress_bar=False,
     )
     ours = gf.eva(model, gf.LoRA(rank=rank, alpha=3), [{"x": x}], rho=rho)
-    found = {part.name.removesuffix(".weight"): lora(part) for part in ours.parts}
+    found = {part.name.removesuffix(".weight"): lora(part) for part in ours.adapted_parameters}
     rows = rows_of(ours)
     for name in ("up", "middle", "down"):
         layer = theirs.base_model.model.get_submodule(name)
@@ -325,7 +325,7 @@ def test_peft_reads_it(rslora: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model, x = net(torch.float32).eval(), data(dtype=torch.float32)
     adapted = gf.eva(model, gf.LoRA(rank=2, alpha=3, rslora=rslora), [x])
-    assert len({lora(part).rank for part in adapted.parts}) > 1
+    assert len({lora(part).rank for part in adapted.adapted_parameters}) > 1
     with torch.no_grad():
         for parameter in adapted.parameters():
             parameter.add_(torch.randn_like(parameter))

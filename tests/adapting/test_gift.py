@@ -148,7 +148,7 @@ def told_by_the_seed() -> str:
 
 
 def test_the_mlp_tutorial_prints_what_the_seed_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "seed_mlp.py"))
+    runpy.run_path(str(EXAMPLES / "gift_mlp.py"))
     out = capsys.readouterr().out
     assert told_by_the_seed() in out
     assert "Number of trainable parameters: 40701\n" in out
@@ -160,7 +160,7 @@ def test_the_mlp_tutorial_prints_what_the_seed_prints(capsys: pytest.CaptureFixt
 
 
 def test_the_attention_tutorial_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "seed_attention.py"))
+    runpy.run_path(str(EXAMPLES / "gift_attention.py"))
     out = capsys.readouterr().out
     assert "  (mha): MultiHeadAttentionBase()\n" in out
     lines = [line for line in out.splitlines() if line.startswith("  (w_q): ")]
@@ -214,7 +214,7 @@ def test_what_each_strategy_adapts(strategy: st.FineTuningStrategy, keys: dict[s
 
 def test_the_seeds_scale_and_dropout_are_loras() -> None:
     adapted = gf.adapt(net(), st.LoRALinearFineTuningStrategy(4, 8.0, 0.5, True))
-    assert [part.method for part in adapted.parts] == [
+    assert [part.method for part in adapted.adapted_parameters] == [
         gf.LoRA(rank=4, alpha=8.0, dropout=0.5, train_bias=True, conv="balanced"),
         gf.Full(),
     ]

@@ -23,7 +23,7 @@ from gift_func.weights import Delta, Weight
 
 def taken(model: nn.Module, strategy: Any) -> dict[str, str]:
     """Parameter name -> method, as text, of what a strategy takes."""
-    return {part.name: str(part.method) for part in gf.adapt(model, strategy).parts}
+    return {part.name: str(part.method) for part in gf.adapt(model, strategy).adapted_parameters}
 
 
 def chosen(model: nn.Module, selector: Any) -> list[str]:
@@ -366,8 +366,8 @@ def test_train_bias_takes_the_biases_of_what_is_adapted() -> None:
 def test_a_tied_parameter_is_found_by_any_of_its_names_and_adapted_once(name: str) -> None:
     adapted = gf.adapt(Tied(), {name: gf.LoRA(rank=2)})
     assert list(adapted.adapter) == ["embed.lora_B", "embed.lora_A"]
-    assert [part.name for part in adapted.parts] == ["embed.weight"]
-    body: Any = adapted._body.module
+    assert [part.name for part in adapted.adapted_parameters] == ["embed.weight"]
+    body: Any = adapted.copy_pool.module
     assert body.embed.weight is body.head.weight
     merged: Any = adapted.merge()
     assert merged.embed.weight is merged.head.weight
@@ -376,7 +376,7 @@ def test_a_tied_parameter_is_found_by_any_of_its_names_and_adapted_once(name: st
 
 @pytest.mark.parametrize("name", ["first", "again", "all.0", "*.0.weight"])
 def test_a_shared_submodule_is_found_by_any_of_its_names(name: str) -> None:
-    assert [part.name for part in gf.adapt(Shared(), {f"{name}": gf.LoRA(rank=2)}).parts] == ["first.weight"]
+    assert [part.name for part in gf.adapt(Shared(), {f"{name}": gf.LoRA(rank=2)}).adapted_parameters] == ["first.weight"]
 
 
 def test_tied_models_of_transformers() -> None:
@@ -431,7 +431,7 @@ def test_the_order_of_an_adapter_is_the_models_and_not_the_rules() -> None:
 
 def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
     @dataclass(frozen=True)
-    class Shift(gf.WeightMethod):
+    class ShiftOfAll(gf.WeightMethod):
         """`W + c·1`."""
 
         size: float = 1.0
@@ -443,7 +443,7 @@ def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
             return Delta(base, tensors["shift"].expand(base.shape), self.size)
 
     model = BY_NAME["cnn"].model().eval()
-    adapted = gf.adapt(model, {"*.weight": Shift(2.0)}).eval()
+    adapted = gf.adapt(model, {"*.weight": ShiftOfAll(2.0)}).eval()
     (x,), _ = BY_NAME["cnn"].call()
     assert torch.equal(adapted(x), model(x))
     with torch.no_grad():
@@ -451,8 +451,8 @@ def test_a_users_own_method_needs_a_dataclass_and_two_functions() -> None:
             parameter.fill_(0.1)
     assert torch.allclose(adapted(x), adapted.merge()(x), atol=1e-12)
     assert torch.allclose(adapted.merge().get_parameter("head.weight"), model.get_parameter("head.weight") + 0.2)
-    assert Method.from_dict(Shift(2.0).to_dict()) == Shift(2.0)
-    assert "Shift(size=2.0)" in repr(adapted)
+    assert Method.from_dict(ShiftOfAll(2.0).to_dict()) == ShiftOfAll(2.0)
+    assert "ShiftOfAll(size=2.0)" in repr(adapted)
     assert "norm.shift" in adapted.adapter
 
 

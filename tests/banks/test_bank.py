@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import gift_func as gf
 from gift_func import testing
-from gift_func.banks import entry
+from gift_func.banks import contiguous
 from gift_func.tracking.sample_axis import TrackSamples
 
 MLP_ROW = BY_NAME["mlp"]
@@ -349,7 +349,7 @@ def test_unreadable_adapters() -> None:
     ]
     for adapters, kind, message in cases:
         with pytest.raises(kind, match=message):
-            bank(x, adapters=adapters)  # type: ignore[arg-type]
+            bank(x, adapters=adapters)
     with pytest.raises(gf.AdaptError, match="no tensor"):
         bank(adapters=["fr"])
     with pytest.raises(gf.AdaptError, match="first tensor has shape"):
@@ -424,21 +424,83 @@ def test_copies(way: Callable[[gf.AdapterBank], gf.AdapterBank]) -> None:
     made(x, adapters=names).sum().backward()
 
 
-def test_element_types_and_modes() -> None:
-    models = trio()
-    bank = gf.AdapterBank(models)
+def test_a_bank_is_a_module_whose_parameters_are_the_adapters() -> None:
+    bank = gf.AdapterBank(trio())
+    held = {f"adapters.{name}": tensor for name, tensor in bank.named_trainable_parameters()}
+    assert {name: p for name, p in bank.named_parameters() if p.requires_grad}.keys() == held.keys()
+    assert all(p is held.get(name, p) for name, p in bank.named_parameters())
+    assert bank.requires_grad_(False) is bank
+    assert not list(bank.trainable_parameters())
+
+
+def test_modes_and_moves_act_in_place() -> None:
+    bank = gf.AdapterBank(trio())
     x, names = x_of(4), ["fr", "it", None, "de"]
-    small = bank.to(torch.float32)
-    out = small(x.float(), adapters=names)
-    assert out.dtype == torch.float32
-    assert_close(out.double(), bank(x, adapters=names), 1e-6)
+    wanted = bank(x, adapters=names)
+    held = dict(bank.named_parameters())
     assert bank.training
-    assert not bank.eval().training
-    assert bank.eval().train().training
-    held = dict(bank.named_trainable_parameters())
-    for name, parameter in bank.eval().named_trainable_parameters():
-        assert parameter is held[name]
+    bank.eval()
+    assert not bank.training
+    assert not bank["fr"].training
+    assert bank.train() is bank
+    assert bank.training
+    bank.to(torch.float32)
+    assert {p.dtype for p in bank.parameters()} == {torch.float32}
+    assert all(p is held[name] for name, p in bank.named_parameters()), "an optimizer would have lost them"
+    for _ in range(2):
+        out = bank(x.float(), adapters=names)
+        assert out.dtype == torch.float32
+        assert_close(out.double(), wanted, 1e-6)
+    fr = bank["fr"](x[:1].float())
+    assert_close(fr, out[:1], 1e-6)
+    (bank(x.float(), adapters=names) ** 2).sum().backward()
+    torch.optim.SGD(bank.trainable_parameters(), lr=0.1).step()
+    assert (bank(x.float(), adapters=names) - out)[:2].abs().max() > 1e-3, "it does not follow its own training"
+    bank.double()
+    assert bank(x, adapters=names).dtype == torch.float64
     assert gf.AdapterBank(base=MLP_ROW.model()).to(torch.float32).base(x.float()).dtype == torch.float32
+
+
+def test_a_bank_that_shares_tensors_with_one_that_is_moved() -> None:
+    """As any modules that share parameters; neither computes with what was there before."""
+    bank = gf.AdapterBank(trio())
+    x, names = x_of(4), ["fr", "it", None, "de"]
+    bigger = bank.add("more.1", bank["fr"])
+    wanted = bank(x, adapters=names)
+    bigger.float()
+    assert {p.dtype for p in bank.parameters()} == {torch.float32}
+    assert_close(bank(x, adapters=names), wanted, 1e-6)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.zero_()
+    assert (bank(x, adapters=names) - wanted).abs().max() > 1e-3, "it computes with the old tensors"
+
+
+def test_states_of_a_bank() -> None:
+    bank = gf.AdapterBank(trio())
+    x, names = x_of(4), ["fr", "it", None, "de"]
+    wanted = bank(x, adapters=names)
+    state = {name: tensor.clone() for name, tensor in bank.adapter_state_dict().items()}
+    of_module = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    assert state.keys() == {name.removeprefix("adapters.") for name in of_module}
+    assert {f"fr.{name}" for name in bank["fr"].adapter_state_dict()} <= state.keys()
+    for load in (lambda: bank.load_adapter_state_dict(state), lambda: bank.load_state_dict(of_module)):
+        with torch.no_grad():
+            for parameter in bank.parameters():
+                parameter.add_(1.0)
+        assert (bank(x, adapters=names) - wanted).abs().max() > 1e-3
+        load()
+        assert torch.equal(bank(x, adapters=names), wanted)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "adapters.other.no", "adapters.fr.no"'):
+        bank.load_state_dict({**of_module, "adapters.fr.no": x, "adapters.other.no": x})
+    missing = dict(state)
+    name = next(iter(missing))
+    del missing[name]
+    with pytest.raises(gf.StateError, match="the state lacks 1 of the adapter's"):
+        bank.load_adapter_state_dict(missing)
+    assert bank.load_adapter_state_dict({**missing, "no": x}, strict=False) == ([name], ["no"])
+    assert "fr" in bank.summary()
+    assert str(len(bank["fr"].adapted_parameters)) in bank.summary()
 
 
 @pytest.mark.parametrize(
@@ -587,13 +649,13 @@ def test_a_call_that_reads_the_same_values_is_not_followed_again(followed: list[
 def test_a_mask_of_as_many_tokens_as_samples(followed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be of the batch or not; where the order of its rows makes no difference, samples are ordered all the same."""
     stacks: list[bool] = []
-    before = entry.lies_stacked
+    before = contiguous.lies_stacked
 
     def seen(tensors: Sequence[Tensor]) -> bool:
         stacks.append(before(tensors))
         return stacks[-1]
 
-    monkeypatch.setattr(entry, "lies_stacked", seen)
+    monkeypatch.setattr(contiguous, "lies_stacked", seen)
     adapters = masked(3)
     bank, names = gf.AdapterBank(adapters), ["a1", "a2", "a0"]
     full, padded = torch.ones(3, 3, dtype=torch.bool), torch.tensor([[True, True, False], [True] * 3, [True] * 3])

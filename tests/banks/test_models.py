@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gift_func as gf
 
-# SampleAxis whose leading axis is no batch: channels, the words of all bags, or steps of time.
+# Rows whose leading axis is no batch: channels, the words of all bags, or steps of time.
 WITHOUT_BATCH = {"conv_unbatched", "embedding_bag", "gru", "rnn"}
 STATES = {"lstm": {1: 1, 2: 1}}
 
@@ -370,13 +370,13 @@ def test_statistics_that_nobody_wrote_share_a_pass(monkeypatch: pytest.MonkeyPat
     bank = gf.AdapterBank(models)
     assert bank["a"] is not None
     calls = []
-    forward = type(bank._network.body.module).forward
+    forward = type(bank._runner.pool.module).forward
 
     def counted(self: nn.Module, x: Tensor) -> Tensor:
         calls.append(x.shape[0])
         return forward(self, x)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(type(bank._network.body.module), "forward", counted)
+    monkeypatch.setattr(type(bank._runner.pool.module), "forward", counted)
     bank.eval()(torch.randn(3, 3, 9, 9, dtype=torch.float64), adapters=["a", None, "a"])
     assert calls == [3]
 

@@ -15,13 +15,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is at hand
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes here and has nothing to say
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes here and would print a banner
 
 import torch
 
-from . import device
+from . import device, pages
 from .measure import FULL, QUICK, Result, measure
-from .readme import README, rewrite
 from .report import bound, caption, found, machine, table, write_json
 from .table import FULL_ONLY, ROWS
 
@@ -44,12 +43,15 @@ def main() -> None:
         help="rows of another table, on this device: Llamas of 135M to 8B random weights, bfloat16 and CUDA events on cuda; "
         "with --quick a tiny one",
     )
-    parser.add_argument("--readme", action="store_true", help="put the table of a full run into README.md, between its markers")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="put the table of a full run into tests/benchmarks/RESULTS.md, and the rows that decide into README.md; with "
+        "--device, the tables of all files in tests/benchmarks/results/",
+    )
     options = parser.parse_args()
-    if options.readme and not options.full:
-        parser.error("--readme takes the figures that count, those of --full")
-    if options.readme and options.device:
-        parser.error("the table in README.md is of the rows without --device")
+    if options.write and (not options.full or options.only):
+        parser.error("--write takes the figures that count, all those of --full")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     scale = replace(FULL if options.full else QUICK, device=options.device or "cpu")
@@ -95,8 +97,10 @@ def main() -> None:
         from .picture import draw
 
         draw(options.png, results, under)
-    if options.readme and results:
-        rewrite(README, results, under)
+    if options.write and options.device:
+        pages.write_devices()
+    elif options.write and results:
+        pages.write(results, under)
     if failed:
         raise SystemExit("\n".join(["Rows that failed:", *failed]))
 

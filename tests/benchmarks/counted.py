@@ -14,7 +14,7 @@ from .counting import allocated_peak, flops, kernels, saved_bytes, tensors_of
 from .measure import Counts, Scale
 from .pairs import check_same, family, mini_lm, pair, peft_family
 from .step import LINEARS, METHODS, floor, ids, outputs, training
-from .together import PREFIX_TARGET, TOP, mixture, told
+from .together import PREFIX_TARGET, TOP, mixture, outputs_of
 
 
 def step_work(method: str, unit: str, targets: Mapping[str, float], scale: Scale) -> Counts:
@@ -62,9 +62,9 @@ def mixed_work(unit: str, targets: Mapping[str, float], scale: Scale) -> Counts:
     bank = gf.AdapterBank(adapters).eval()
     base, theirs = bank.base, peft_family(model, adapters).eval()
     calls: dict[str, Callable[[], list[torch.Tensor]]] = {
-        "ours": lambda: told(bank, tokens, adapters=names),
-        "PEFT": lambda: told(theirs, tokens, adapter_names=names),
-        "base": lambda: told(base, tokens),
+        "ours": lambda: outputs_of(bank, tokens, adapters=names),
+        "PEFT": lambda: outputs_of(theirs, tokens, adapter_names=names),
+        "base": lambda: outputs_of(base, tokens),
     }
     with torch.no_grad():
         check_same("outputs of the mixed batch and PEFT's", calls["ours"](), calls["PEFT"]())
@@ -88,8 +88,8 @@ def prefix_work(scale: Scale) -> Counts:
     with torch.no_grad():
         for key, sites in {"top 2": TOP, "all 6": LINEARS}.items():
             ens = gf.stack(family(mini_lm(), sites, members).values())
-            found[key] = [float(flops(lambda ens=ens: told(ens, tokens)))]  # type: ignore[misc]
-        found["base"] = [float(flops(lambda: told(mini_lm(), tokens)))]
+            found[key] = [float(flops(lambda ens=ens: outputs_of(ens, tokens)))]  # type: ignore[misc]
+        found["base"] = [float(flops(lambda: outputs_of(mini_lm(), tokens)))]
     return Counts(
         "FLOP", found, (("top 2", "all 6"), ("top 2", "base")), {"adapters": members, "tokens": tokens.numel()},
         targets={"top 2/all 6": PREFIX_TARGET},

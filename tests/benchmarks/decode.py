@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ def mixed_decode(scale: Scale) -> Case:
     for key, forward in contenders.items():
         with torch.no_grad():
             cache = forward(input_ids=prompts, use_cache=True).past_key_values
-            logits[key] = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
-        calls = {**calls, key: next_token(forward, token, cache)}
+            logits[key] = forward(input_ids=token, use_cache=True, **{cache_name(model): cache}).logits
+        calls = {**calls, key: next_token(forward, token, cache, cache_name(model))}
     check_same("logits of the mixed batch and PEFT's", [logits["ours"]], [logits["PEFT"]])
     check_moved([logits["ours"]], [logits["base"]])
     return Case(
@@ -47,8 +48,17 @@ def mixed_decode(scale: Scale) -> Case:
     )  # fmt: skip
 
 
-def next_token(forward: Callable[..., Any], token: Tensor, cache: Any) -> Call:
-    """The pass over one token, which the cache then forgets again."""
+def cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its key-value cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def next_token(forward: Callable[..., Any], token: Tensor, cache: Any, name: str) -> Call:
+    """The pass over one token, after which the token is taken out of the cache again.
+
+    Args:
+        name: `cache_name` of the model.
+    """
 
     def forget() -> None:
         if cache.get_seq_length() > PROMPT:
@@ -56,7 +66,7 @@ def next_token(forward: Callable[..., Any], token: Tensor, cache: Any) -> Call:
 
     def run(_: None) -> None:
         with torch.no_grad():
-            forward(input_ids=token, past_key_values=cache, use_cache=True)
+            forward(input_ids=token, use_cache=True, **{name: cache})
 
     return Call(forget, run)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import gift_func as gf
 
-from .decode import next_token
+from .decode import cache_name, next_token
 from .measure import Calls, Case, Counts, Scale
-from .pairs import check_moved, check_same, peft_family, quiet
+from .pairs import peft_family, quiet
 from .together import shuffled, stepping
 
 LINEARS = gf.select.type_(nn.Linear)
@@ -32,7 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""How much two outputs that should be equal may differ, as a part of their norm.
+
+In bfloat16, rounding grows over the layers: with 32 of them and random weights, two correct orders of the same sums differ
+by 2 to 6 % of the norm, and single numbers by more. The rows are checked closely in float32, on the CPU.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,25 @@ class Place:
         """LoRAs that differ in every tensor, by name."""
         return {f"a{index}": self.adapted(gf.LoRA(rank=16), index) for index in range(size)}
 
-    def check(self, what: str, found: Tensor, wanted: Tensor) -> None:
-        check_same(what, [found.float()], [wanted.float()], TOLERANCE[self.dtype])
+    def check(self, what: str, found: Tensor, wanted: Tensor, plain: Tensor) -> None:
+        """Two routes lead to one output, which is not what the network computes without an adapter.
+
+        Args:
+            plain: what it computes without one.
+        """
+        check_close(what, found.float(), wanted.float(), plain.float(), TOLERANCE[self.dtype])
+
+
+def check_close(what: str, found: Tensor, wanted: Tensor, plain: Tensor, tolerance: float) -> None:
+    """Refuse outputs that differ, and adapters that change the output by little more than the two routes differ."""
+    size, off, moved = ((wanted - other).norm().item() for other in (torch.zeros_like(wanted), found, plain))
+    if not off <= tolerance * size:
+        raise AssertionError(f"{what} differ by {off / size:.1e} of their norm; {tolerance:g} is allowed")
+    if not moved >= max(5 * off, 0.01 * size):
+        raise AssertionError(
+            f"{what} differ by {off / size:.1e} of their norm, and the adapters change them by {moved / size:.1e}: "
+            "equality would say nothing"
+        )
 
 
 @cache
@@ -144,9 +166,7 @@ def step(method: gf.Method, place: Place, scale: Scale) -> Case:
     ours = place.adapted(method)
     theirs = peft_of(place, method, ours)
     with torch.no_grad():
-        found = states(ours, tokens)
-        place.check("outputs", found, states(theirs, tokens))
-        check_moved([found.float()], [states(llama(place), tokens).float()])
+        place.check("outputs", states(ours, tokens), states(theirs, tokens), states(llama(place), tokens))
     calls = {"ours": training(ours, tokens), "PEFT": training(theirs, tokens), "floor": training(floor(place), tokens)}
     return Case(calls, facts={"tokens": tokens.numel()})
 
@@ -160,9 +180,10 @@ def together(place: Place, scale: Scale) -> Case:
     members = list(range(size))
     with torch.no_grad():
         wanted = torch.cat([states(adapter, row) for adapter, row in zip(adapters.values(), tokens.split(1), strict=True)])
-        place.check("mapped", states(ens.map, tokens.unsqueeze(1)).squeeze(1), wanted)
-        place.check("mixed", states(ens.mix, tokens, members=members), wanted)
-        place.check("mixed by a bank", states(bank, tokens, adapters=list(adapters)), wanted)
+        plain = states(llama(place), tokens)
+        place.check("mapped", states(ens.map, tokens.unsqueeze(1)).squeeze(1), wanted, plain)
+        place.check("mixed", states(ens.mix, tokens, members=members), wanted, plain)
+        place.check("mixed by a bank", states(bank, tokens, adapters=list(adapters)), wanted, plain)
     alone = [training(theirs, row) for row in tokens.split(1)]
 
     def in_turn() -> None:
@@ -199,14 +220,13 @@ def mixed(decoding: bool, place: Place, scale: Scale) -> Case:
     for key, forward in contenders.items():
         with torch.no_grad():
             if decoding:
-                cache = forward(input_ids=prompts, use_cache=True).past_key_values
-                found[key] = forward(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
-                calls = {**calls, key: next_token(forward, token, cache)}
+                cache, name = forward(input_ids=prompts, use_cache=True).past_key_values, cache_name(llama(place))
+                found[key] = forward(input_ids=token, use_cache=True, **{name: cache}).last_hidden_state
+                calls = {**calls, key: next_token(forward, token, cache, name)}
             else:
                 found[key] = states(forward, tokens)
                 calls = {**calls, key: torch.no_grad()(partial(states, forward, tokens))}
-    place.check("outputs", found["ours"], found["PEFT"])
-    check_moved([found["ours"].float()], [found["base"].float()])
+    place.check("outputs", found["ours"], found["PEFT"], found["base"])
     return Case(calls, (("ours", "PEFT"), ("ours", "base")), {"adapters": size, "tokens": size if decoding else tokens.numel()})
 
 

@@ -13,7 +13,7 @@ from .measure import Calls, Case, Counts, Scale
 from .memory import Figure, at_once, names
 from .pairs import check_same, family, mini_lm, peft_family
 from .step import LINEARS, floor, ids, training
-from .together import mapped_training, mixed_step, told
+from .together import mapped_training, mixed_step, outputs_of
 
 LENGTH = 8  # tokens of a sentence
 
@@ -65,7 +65,7 @@ def ready(scale: Scale) -> tuple[tuple[int, ...], Tensor, dict[str, gf.AdaptedMo
     for index, (name, adapter) in enumerate(adapters.items()):
         if index in (0, counts[-1] - 1):
             share = tokens[index : index + 1]
-            check_same(f"outputs of {name}", [part[index] for part in told(ens, share)], told(adapter, share))
+            check_same(f"outputs of {name}", [part[index] for part in outputs_of(ens, share)], outputs_of(adapter, share))
     return counts, tokens, adapters
 
 

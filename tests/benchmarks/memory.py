@@ -1,4 +1,4 @@
-"""Peak memory, each figure in a fresh process: what one leaves behind would be the next one's gift."""
+"""Peak memory, each figure in a fresh process, so that nothing that an earlier one allocated is counted."""
 
 from __future__ import annotations
 

@@ -127,9 +127,9 @@ def peft_family(model: nn.Module, adapters: Mapping[str, gf.AdaptedModel], share
 
     made: Any = None
     for name, adapter in adapters.items():
-        method = adapter.parts[0].method
+        method = adapter.adapted_parameters[0].method
         assert isinstance(method, gf.LoRA)
-        places = [part.name.removesuffix(".weight") for part in adapter.parts]
+        places = [part.name.removesuffix(".weight") for part in adapter.adapted_parameters]
         config: Any = peft.LoraConfig(r=method.rank, lora_alpha=round(method.rank * method.scale), target_modules=places)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def peft_family(model: nn.Module, adapters: Mapping[str, gf.AdaptedModel], share
 def give(theirs: Any, name: str, adapter: gf.AdaptedModel) -> None:
     """Write a LoRA's numbers into one of a PEFT model's adapters."""
     with torch.no_grad():
-        for part in adapter.parts:
+        for part in adapter.adapted_parameters:
             place = part.name.removesuffix(".weight")
             module = theirs.get_submodule(f"base_model.model.{place}")
             for key in ("lora_A", "lora_B"):

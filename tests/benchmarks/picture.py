@@ -117,12 +117,12 @@ def bars(axes: Axes, family: str, rows: Sequence[Result]) -> None:
             axes.barh(place, min(middle, 1), 0.86, color=COLOURS.get(name, OTHER), label=label)
             if high < 1.1:
                 axes.plot([low, high], [place, place], color=INK, linewidth=1, alpha=0.6)
-            told = [value(row.times[key].median, row.unit)]
-            told += [f"({row.ratios[f'ours/{key}'].median:.2f}x)"] if f"ours/{key}" in row.ratios else []
-            told += [] if name in COLOURS and not count.isdigit() else [key]
+            shown = [value(row.times[key].median, row.unit)]
+            shown += [f"({row.ratios[f'ours/{key}'].median:.2f}x)"] if f"ours/{key}" in row.ratios else []
+            shown += [] if name in COLOURS and not count.isdigit() else [key]
             at = max(min(middle, 1), high if high < 1.1 else 0)
             cut = " →" if middle > 1 else ""
-            axes.text(at + 0.006, place, f"{'  '.join(told)}{cut}", va="center", fontsize=7.5, color=MUTED)
+            axes.text(at + 0.006, place, f"{'  '.join(shown)}{cut}", va="center", fontsize=7.5, color=MUTED)
             place += 1
         ticks.append((start + place - 1) / 2)
         place += 0.7

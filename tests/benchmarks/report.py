@@ -186,3 +186,15 @@ def write_json(path: Path, results: Sequence[Result], about: dict[str, Any]) -> 
         for result in results
     ]
     path.write_text(json.dumps({**about, "rows": rows}, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def read_json(path: Path) -> tuple[list[Result], str]:
+    """The timed rows of a file that `write_json` wrote, and their caption."""
+    run = json.loads(path.read_text(encoding="utf8"))
+
+    def spreads(found: Mapping[str, Any]) -> dict[str, Spread]:
+        return {key: Spread(**one) for key, one in found.items()}
+
+    rows = [row for row in run["rows"] if "seconds" in row]
+    results = [Result(row["name"], spreads(row["seconds"]), spreads(row["ratios"]), row["rounds"], {}, "") for row in rows]
+    return results, caption(run["mode"], run["machine"])

@@ -16,7 +16,7 @@ import gift_func as gf
 from .measure import Call, Calls, Case, Scale
 from .pairs import check_moved, check_same, family, mini_lm, peft_family
 from .step import LINEARS, ids
-from .together import told
+from .together import outputs_of
 
 SWITCH_SECONDS = 20e-6
 
@@ -69,7 +69,7 @@ def switch_alone(scale: Scale) -> Case:
     with torch.no_grad():
         for name in adapters:  # each was used before, or it would not be resident
             theirs.set_adapter(name)
-            check_same(f"outputs of {name} and PEFT's", told(bank[name], tokens), told(theirs, tokens))
+            check_same(f"outputs of {name} and PEFT's", outputs_of(bank[name], tokens), outputs_of(theirs, tokens))
     ours, peft = cycle(adapters), cycle(adapters)
     calls: Calls = {"ours": lambda: bank[next(ours)], "PEFT": lambda: theirs.set_adapter(next(peft))}
     return Case(calls, (("ours", "PEFT"),), {"adapters": size})
@@ -83,7 +83,7 @@ def attach(scale: Scale) -> Case:
     model = mini_lm()
     generator = torch.Generator().manual_seed(0)
     adapters = family(model, LINEARS, many - 1)
-    places = [part.name.removesuffix(".weight") for part in adapters["a0"].parts]
+    places = [part.name.removesuffix(".weight") for part in adapters["a0"].adapted_parameters]
     options = peft.LoraConfig(r=8, target_modules=places)
     calls: dict[str, Callable[[], object] | Call] = {}
     for k in (few, many):

@@ -40,7 +40,7 @@ def stacked_step(members: int, sentences: int, targets: Mapping[str, float], sca
 
     cotangents = [part.flatten(0, 1) for part in mapped_cotangents(ens, shares)]
     calls: Calls = {
-        "ours": stepping(lambda: told(ens.mix, tokens, members=owners), ens.trainable_parameters(), cotangents),
+        "ours": stepping(lambda: outputs_of(ens.mix, tokens, members=owners), ens.trainable_parameters(), cotangents),
         "ours, mapped": mapped_training(ens, shares),
         "PEFT": theirs_in_turn,
         "floor": training(floor(), tokens),
@@ -54,7 +54,10 @@ def check_mixed(ens: gf.Ensemble, shares: Tensor, members: Sequence[int]) -> Non
     """One batch of all members' sentences is what each computes of its own, and trains it as much."""
     cotangents = mapped_cotangents(ens, shares)
     found = {}
-    for key, made in (("mapped", mapped_outputs(ens, shares)), ("mixed", told(ens.mix, shares.flatten(0, 1), members=members))):
+    for key, made in (
+        ("mapped", mapped_outputs(ens, shares)),
+        ("mixed", outputs_of(ens.mix, shares.flatten(0, 1), members=members)),
+    ):
         made = [part.view_as(like) for part, like in zip(made, cotangents, strict=True)]
         found[key] = made, torch.autograd.grad(made, list(ens.trainable_parameters()), cotangents)
     for what, a, b in zip(("outputs", "gradients"), found["mixed"], found["mapped"], strict=True):
@@ -71,7 +74,7 @@ def check_members(ens: gf.Ensemble, adapters: Mapping[str, gf.AdaptedModel], the
     for index, (share, adapter) in enumerate(zip(shares, adapters.values(), strict=True)):
         give(theirs, "a0", adapter)
         with torch.no_grad():
-            check_same(f"outputs of member {index} and PEFT's", [part[index] for part in found], told(theirs, share))
+            check_same(f"outputs of member {index} and PEFT's", [part[index] for part in found], outputs_of(theirs, share))
         if index in (0, len(shares) - 1):
             backward(adapter, share, [part[index] for part in cotangents])
             alone = dict(adapter.named_trainable_parameters())
@@ -82,7 +85,7 @@ def check_members(ens: gf.Ensemble, adapters: Mapping[str, gf.AdaptedModel], the
                 check_same(f"gradients of member {index} at {name}", [stacked[index]], [grad])
             adapter.zero_grad()
     with torch.no_grad():
-        check_moved([part[0] for part in found], told(mini_lm(), shares[0]))
+        check_moved([part[0] for part in found], outputs_of(mini_lm(), shares[0]))
 
 
 def mapped_training(ens: gf.Ensemble, shares: Tensor) -> Callable[[], object]:
@@ -109,7 +112,7 @@ def mapped_cotangents(ens: gf.Ensemble, shares: Tensor) -> list[Tensor]:
         return [torch.randn(tensor.shape, generator=generator) for tensor in mapped_outputs(ens, shares)]
 
 
-def told(model: Any, tokens: Tensor, **extra: Any) -> list[Tensor]:
+def outputs_of(model: Any, tokens: Tensor, **extra: Any) -> list[Tensor]:
     """The outputs of a model, of a bank, or of PEFT's mixed batch."""
     found = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **extra)
     return [found.last_hidden_state, found.pooler_output]
@@ -122,9 +125,9 @@ def mixed_batch(scale: Scale) -> Case:
     base = bank.base
     theirs = peft_family(model, adapters).eval()
     with torch.no_grad():
-        wanted = told(theirs, tokens, adapter_names=names)
-        check_same("outputs of the mixed batch and PEFT's", told(bank, tokens, adapters=names), wanted)
-        check_moved(wanted, told(base, tokens))
+        wanted = outputs_of(theirs, tokens, adapter_names=names)
+        check_same("outputs of the mixed batch and PEFT's", outputs_of(bank, tokens, adapters=names), wanted)
+        check_moved(wanted, outputs_of(base, tokens))
 
     def quietly(forward: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
@@ -134,9 +137,9 @@ def mixed_batch(scale: Scale) -> Case:
         return run
 
     calls: Calls = {
-        "ours": quietly(lambda: told(bank, tokens, adapters=names)),
-        "PEFT": quietly(lambda: told(theirs, tokens, adapter_names=names)),
-        "base": quietly(lambda: told(base, tokens)),
+        "ours": quietly(lambda: outputs_of(bank, tokens, adapters=names)),
+        "PEFT": quietly(lambda: outputs_of(theirs, tokens, adapter_names=names)),
+        "base": quietly(lambda: outputs_of(base, tokens)),
     }
     return Case(
         calls, (("ours", "PEFT"), ("ours", "base")), {"adapters": len(adapters), "tokens": tokens.numel()},
@@ -150,8 +153,8 @@ def mixed_training(scale: Scale) -> Case:
     bank, ens = gf.AdapterBank(adapters).train(), gf.stack(adapters.values()).train()
     members = [list(adapters).index(name) for name in names]
     cotangents = cotangents_of(model, tokens)
-    torch.autograd.backward(told(bank, tokens, adapters=names), cotangents)
-    torch.autograd.backward(told(ens.mix, tokens, members=members), cotangents)
+    torch.autograd.backward(outputs_of(bank, tokens, adapters=names), cotangents)
+    torch.autograd.backward(outputs_of(ens.mix, tokens, members=members), cotangents)
     gradients = {name: p.grad for name, p in bank.named_trainable_parameters()}
     stacked = {name: p.grad for name, p in ens.named_trainable_parameters()}
     for parameter in (*bank.trainable_parameters(), *ens.trainable_parameters()):
@@ -167,7 +170,7 @@ def mixed_training(scale: Scale) -> Case:
             check_same(f"gradients of {name} at {place}", [found, share[members[row]]], [parameter.grad] * 2)
         adapter.zero_grad()
     calls: Calls = {
-        "ours": stepping(lambda: told(ens.mix, tokens, members=members), ens.trainable_parameters(), cotangents),
+        "ours": stepping(lambda: outputs_of(ens.mix, tokens, members=members), ens.trainable_parameters(), cotangents),
         "ours, a bank": mixed_step(bank, tokens, names),
         "floor": training(floor(), tokens),
     }
@@ -179,7 +182,7 @@ def mixed_training(scale: Scale) -> Case:
 def mixed_step(bank: gf.AdapterBank, tokens: Tensor, names: Sequence[str]) -> Callable[[], object]:
     """A bank's training step on a mixed batch as a call; as `step.training`."""
     cotangents = cotangents_of(mini_lm(), tokens)
-    return stepping(lambda: told(bank, tokens, adapters=names), bank.trainable_parameters(), cotangents)
+    return stepping(lambda: outputs_of(bank, tokens, adapters=names), bank.trainable_parameters(), cotangents)
 
 
 def stepping(
@@ -217,7 +220,9 @@ def prefix(scale: Scale) -> Case:
         for ens in (top, everywhere):
             for index, member in enumerate(ens):
                 check_same(
-                    f"outputs of member {index} alone", [part[index] for part in told(ens, tokens)], told(member, tokens)
+                    f"outputs of member {index} alone",
+                    [part[index] for part in outputs_of(ens, tokens)],
+                    outputs_of(member, tokens),
                 )
     calls: Calls = {"top 2": shared_training(top, tokens), "all 6": shared_training(everywhere, tokens)}
     facts = {"adapters": members, "tokens": tokens.numel()}
@@ -229,7 +234,7 @@ def shared_training(ens: gf.Ensemble, tokens: Tensor) -> Callable[[], object]:
     optimizer = torch.optim.SGD(ens.trainable_parameters(), lr=0.0)
 
     def run() -> None:
-        sum(part.sum() for part in told(ens, tokens)).backward()  # type: ignore[union-attr]
+        sum(part.sum() for part in outputs_of(ens, tokens)).backward()  # type: ignore[union-attr]
         optimizer.step()
         optimizer.zero_grad()
 

@@ -200,7 +200,7 @@ def test_uneven_members_are_as_each_alone(name: str) -> None:
         assert list(back.adapter) == list(member.adapter)
         assert all(torch.equal(back.adapter[key], tensor) for key, tensor in member.adapter.items())
         assert torch.equal(back(X), member(X))
-        assert back.parts == member.parts
+        assert back.adapted_parameters == member.adapted_parameters
         assert back.strategy == member.strategy
 
 

@@ -66,7 +66,7 @@ def test_forward_and_gradients_equal_the_dense_reference(row: Row, method: str, 
     for name, gradient, reference_gradient in zip([*leaves, "x", "y", "z"], found_grads, wanted_grads, strict=False):
         assert_close(gradient, reference_gradient, what=f"gradient of {name}")
     assert len(found_grads) == len(wanted_grads)
-    own = dict(adapted._body.module.named_buffers())
+    own = dict(adapted.copy_pool.module.named_buffers())
     for name, buffer in reference.named_buffers():
         if buffer.is_floating_point():
             assert_close(own[name], buffer, what=f"buffer {name}")
@@ -76,7 +76,7 @@ def test_forward_and_gradients_equal_the_dense_reference(row: Row, method: str, 
 
 def len_rank(adapted: gf.AdaptedModel) -> int:
     """The rank that the adapter's LoRA parts have, or 1."""
-    method = adapted.parts[0].method
+    method = adapted.adapted_parameters[0].method
     return method.rank if isinstance(method, gf.LoRA) else 1
 
 
@@ -145,7 +145,7 @@ def test_merge_equals_the_adapted_model(row: Row, method: str) -> None:
         assert_close(flat(merged(*args, **kwargs)), flat(adapted(*args, **kwargs)), what="merged")
     for name, tensor in adapted.adapter_state_dict().items():
         assert torch.equal(tensor, before[name]), f"merge changed {name}"
-    adapted_names = {part.name for part in adapted.parts}
+    adapted_names = {part.name for part in adapted.adapted_parameters}
     originals = dict(row.model().named_parameters())
     for name, parameter in merged.named_parameters():
         assert parameter.requires_grad == originals[name].requires_grad

@@ -120,7 +120,7 @@ def an_exception_inside_forward(adapted: gf.AdaptedModel, row: Row) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("on purpose")
 
-    deepest = list(adapted._body.module.modules())[-1]
+    deepest = list(adapted.copy_pool.module.modules())[-1]
     handle = deepest.register_forward_pre_hook(fail)
     args, kwargs = row.call()
     named: dict[str, Tensor] = dict(adapted.named_parameters())
@@ -184,7 +184,7 @@ def the_base_called_in_training(adapted: gf.AdaptedModel, row: Row) -> None:
 
 @action
 def reached_modules_written_to(adapted: gf.AdaptedModel, row: Row) -> None:
-    for module in adapted._body.module.modules():
+    for module in adapted.copy_pool.module.modules():
         module.training = not module.training
         module.note = "mine"  # type: ignore[assignment]
         module.register_forward_hook(lambda *_: None)

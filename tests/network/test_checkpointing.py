@@ -99,9 +99,9 @@ def test_a_copy_that_met_no_checkpoint_is_used_again() -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     gf.functional_call(reference, {}, (x,))
     gf.functional_call(reference, {}, (x,))
-    assert len(reference._body._twins) == 1
+    assert len(reference.copy_pool._spare) == 1
     gf.functional_call(adapted, {}, (x,))
-    assert not adapted._body._twins
+    assert not adapted.copy_pool._spare
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -200,5 +200,5 @@ def test_transformers_gradient_checkpointing(family: str, reentrant: bool) -> No
     adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for want, got in zip(expected, grads(), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in adapted._body.structure.modules.values())
+    assert any(getattr(module, "gradient_checkpointing", False) for module in adapted.copy_pool.tree.modules.values())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

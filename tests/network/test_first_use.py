@@ -37,13 +37,13 @@ def model() -> CNN:
 
 def adapted_of(base: Any, strategy: Any = None) -> gf.AdaptedModel:
     made = gf.adapt(base, strategy or gf.LoRA(rank=2, init="random"), generator=torch.Generator().manual_seed(0))
-    assert not made._body.is_made, "nothing has used it"
+    assert not made.copy_pool.is_made, "nothing has used it"
     return made
 
 
 def used(adapted: gf.AdaptedModel) -> gf.AdaptedModel:
     """The same, its copy of the network made."""
-    adapted._body.ready()
+    adapted.copy_pool.ready()
     return adapted
 
 
@@ -80,10 +80,10 @@ def test_what_becomes_of_the_users_model_makes_no_difference(change: Callable[[C
     if mode is not None:
         early.train(mode), late.train(mode)
     change(theirs)
-    assert not late._body.is_made
+    assert not late.copy_pool.is_made
     assert bits(late(X)) == bits(early(X))
-    assert [(n, type(m), m.training) for n, m in late._body.module.named_modules()] == [
-        (n, type(m), m.training) for n, m in early._body.module.named_modules()
+    assert [(n, type(m), m.training) for n, m in late.copy_pool.module.named_modules()] == [
+        (n, type(m), m.training) for n, m in early.copy_pool.module.named_modules()
     ]
     assert all_bits(late.named_buffers()) == all_bits(early.named_buffers())
 
@@ -167,7 +167,7 @@ def test_before_the_first_use_is_as_after_it(move: Callable[[gf.AdaptedModel], A
         for adapted in (early, late):
             moved = move(adapted)
             made = moved if callable(moved) else adapted
-            inner = made._body.module if isinstance(made, gf.AdaptedModel) else getattr(made, "_copy", made)
+            inner = made.copy_pool.module if isinstance(made, gf.AdaptedModel) else getattr(made, "_copy", made)
             inner = getattr(inner, "module", inner)
             wide = x.double() if any(p.dtype == torch.float64 for p in adapted.parameters()) else x
             out = bits(made(wide))
@@ -190,7 +190,7 @@ def test_what_needs_no_network_makes_none() -> None:
     members = [ens[0], *ens.eval().unstack(), *ens[:1].unstack()]
     bank = gf.AdapterBank({"a": adapted})
     members.append(bank["a"])
-    assert not any(made._body.is_made for made in (adapted, *others, *members))
+    assert not any(made.copy_pool.is_made for made in (adapted, *others, *members))
     ids = torch.tensor([[1, 2, 3]])
     wanted = bits(used(adapted)(ids).logits)
     assert [bits(member(ids).logits) for member in members] == [wanted] * len(members)
@@ -202,9 +202,9 @@ def test_what_needs_no_network_makes_none() -> None:
 def test_an_attribute_is_reached_with_the_adapter_bound() -> None:
     theirs = model()
     adapted = shake(adapted_of(theirs))
-    assert not adapted._body.is_made
+    assert not adapted.copy_pool.is_made
     features = torch.randn(2, adapted.head.in_features)
-    assert adapted._body.is_made
+    assert adapted.copy_pool.is_made
     dense = dict(adapted.merge().named_parameters())["head.weight"]
     assert_close(adapted.head(features), nn.functional.linear(features, dense, theirs.head.bias))
     with pytest.raises(AttributeError, match="neither AdaptedModel nor the adapted CNN has 'get_such'"):
@@ -216,12 +216,12 @@ def test_buffers_are_one_in_the_tree_and_in_the_network() -> None:
     adapted = adapted_of(theirs).train()
     before = dict(adapted.named_buffers())
     adapted(X)
-    held = dict(adapted._body.module.named_buffers())
+    held = dict(adapted.copy_pool.module.named_buffers())
     assert all(held[name.removeprefix("adapter.")] is tensor for name, tensor in before.items())
     assert norm_of(adapted).num_batches_tracked == 1
     assert norm_of(theirs).num_batches_tracked == 0
     moved = dict(adapted.double().named_buffers())
-    held = dict(adapted._body.module.named_buffers())
+    held = dict(adapted.copy_pool.module.named_buffers())
     assert all(held[name.removeprefix("adapter.")] is tensor for name, tensor in moved.items())
     assert moved["adapter.norm.running_mean"].dtype == torch.float64
     changed = {name for name in adapted.adapter_state_dict() if name not in adapted.adapter}
@@ -296,7 +296,7 @@ def test_nothing_of_where_the_first_use_was_stays(first: Callable[[gf.AdaptedMod
     theirs = Scaled().eval()
     plain, adapted = used(adapted_of(theirs, {"head": method})), adapted_of(theirs, {"head": method})
     first(adapted)
-    for tensor in (adapted.scale, *adapted._body._slots.values()):
+    for tensor in (adapted.scale, *adapted.copy_pool._bound.values()):
         assert not torch.is_inference(tensor)
         assert not is_transformed(tensor)
     for found in (plain, adapted):
@@ -317,7 +317,7 @@ USES: list[Use] = [
     lambda a: bits(a.with_adapter(a.adapter_state_dict())(X)),
     lambda a: bits(gf.functional_call(a, {}, (X,))),
     lambda a: id(a.head),
-    lambda a: id(a._body.structure),
+    lambda a: id(a.copy_pool.tree),
     repr,
 ]
 
@@ -355,10 +355,10 @@ def test_threads_that_race_to_the_first_use_get_one_network(monkeypatch: pytest.
             adapted = adapted_of(theirs)
             found = at_once(adapted, USES)
             assert found[:5] == [wanted] * 5, turn
-            assert found[5:7] == [id(adapted.head), id(adapted._body.structure)]
+            assert found[5:7] == [id(adapted.head), id(adapted.copy_pool.tree)]
         adapted = adapted_of(theirs)
         monkeypatch.setattr("gift_func.network.module_tree.copy_tree", counted)
-        at_once(adapted, [lambda a: a._body.ready()] * 8)
+        at_once(adapted, [lambda a: a.copy_pool.ready()] * 8)
         assert count == [1]
     finally:
         sys.setswitchinterval(interval)
@@ -400,10 +400,18 @@ def test_a_dropped_adapter_is_gone_at_once(tmp_path: Path) -> None:
             adapted = gf.load_adapter(theirs, tmp_path / "a")
             if use:
                 adapted(torch.tensor([[1, 2]]))
-            body = adapted._body
-            parts = [adapted, adapted.adapter, body, body.base, body.base.structure.module, next(adapted.parameters())]
+            body, base = adapted._runner, adapted.frozen_base
+            parts = [
+                adapted,
+                adapted.adapter,
+                body,
+                body.pool,
+                body.pool.base,
+                body.pool.base.tree.module,
+                next(adapted.parameters()),
+            ]
             left = [weakref.ref(part) for part in parts]
-            del adapted, body, parts
+            del adapted, base, body, parts
             assert [ref() for ref in left] == [None] * len(left), use
     finally:
         gc.enable()
@@ -422,9 +430,8 @@ def test_read_tensors_are_the_files_and_have_memory_of_their_own(tmp_path: Path,
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "none": torch.zeros(2, 0, 4)}
     path = tmp_path / "tensors"
     save_file(tensors, path, {"note": "ü"})
-    with open(path, "rb", buffering=0) as file:
-        assert (safetensors_io._read(file, path.stat().st_size) is None) == fallback
-    (found, note), (mapped, _) = safetensors_io.copied(path), safetensors_io.mapped(path)
+    assert (safetensors_io._read_directly(path) is None) == fallback
+    (found, note), (mapped, _) = safetensors_io.read(path, copy=True), safetensors_io.read(path)
     path.write_bytes(b"\0" * path.stat().st_size)
     assert note == {"note": "ü"}
     assert found.keys() == mapped.keys() == tensors.keys()

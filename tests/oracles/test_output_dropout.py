@@ -89,7 +89,7 @@ def test_files_of_peft_say_so(kind: str, tmp_path: Path) -> None:
     )
     theirs.save_pretrained(str(tmp_path / "theirs"))
     loaded = gf.interop.peft.load(model, tmp_path / "theirs")
-    (part,) = loaded.parts
+    (part,) = loaded.adapted_parameters
     assert isinstance(part.method, (gf.LoHa, gf.LoKr))
     assert (part.method.rank_dropout, part.method.module_dropout) == (0.25, 0.125)
     gf.interop.peft.save(loaded, tmp_path / "ours")

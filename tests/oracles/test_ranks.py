@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gift_func as gf
-from gift_func.network.runner import AdaptedParameter
+from gift_func.adapter import AdaptedParameter
 from gift_func.testing import HOSTS, refuses
 from gift_func.testing.laws import Case
 
@@ -67,7 +67,7 @@ def padded(
 @pytest.mark.parametrize(("label", "host"), SPREAD)
 def test_padding_with_zeros_changes_nothing(label: str, host: str) -> None:
     narrow, wide = (Case(method, HOSTS[host]) for method in PAIRS[label])
-    (mine,), (larger,) = ([p for p in case.adapted._body.parts if p.names] for case in (narrow, wide))
+    (mine,), (larger,) = ([p for p in case.adapted.adapted_parameters if p.names] for case in (narrow, wide))
     leaves = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in narrow.states[0].items()}
     own = {local: leaves[name] for local, name in mine.names.items()}
     shapes = {local: wide.start.adapter[name].shape for local, name in larger.names.items()}
@@ -98,7 +98,7 @@ def test_padding_with_zeros_changes_nothing(label: str, host: str) -> None:
         assert not rest.any(), f"{local}: the zeros have a gradient"
     assert zeros
     if label != "MixingLoRA":  # which makes no dense weight
-        weights = [case.adapted._body.weights(tensors) for case, tensors in ((wide, state), (narrow, leaves))]
+        weights = [case.adapted.structured_weights(tensors) for case, tensors in ((wide, state), (narrow, leaves))]
         dense, plain = (made[mine.name].dense() for made in weights)
         assert torch.allclose(dense, plain, rtol=1e-13, atol=1e-13)
 
@@ -113,14 +113,14 @@ def test_every_pair_is_tried_where_the_method_goes() -> None:
 
 def test_a_rank_shared_out_to_groups_is_no_axis() -> None:
     adapted = gf.adapt(torch.nn.Conv1d(4, 6, 3, groups=2), gf.MixingLoRA(rank=2))
-    (part,) = adapted._body.parts
+    (part,) = adapted.adapted_parameters
     assert part.method.rank_axes({local: adapted.adapter[name] for local, name in part.names.items()}) == {}
 
 
 def test_where_the_rank_is_more_than_zeros_nothing_is_said() -> None:
     for method in (gf.MiSS(2), gf.SHiRA(rank=1), gf.HRA(2), gf.OFT(4), gf.Full()):
         adapted = gf.adapt(torch.nn.Linear(8, 12), {"weight": method})
-        (part,) = adapted._body.parts
+        (part,) = adapted.adapted_parameters
         tensors = {local: adapted.adapter[name] for local, name in part.names.items()}
         assert part.method.rank_axes(tensors) == {}
         assert part.method.scaled_tensors(tensors) == {}

@@ -496,14 +496,14 @@ def test_what_is_dropped_is_freed_at_once(tmp_path: Path) -> None:
         store(x, adapters=names)
     gc.disable()
     try:
-        entries = [weakref.ref(store._read(name).entry) for name in store.resident()]
+        entries = [weakref.ref(store._read(name).adapter) for name in store.resident()]
         assert len(entries) == 4
         for name in store.resident():
             store.evict(name)
         assert [entry() for entry in entries] == [None] * 4, "something but the store keeps an adapter"
     finally:
         gc.enable()
-    assert not store._serving._models
+    assert not store._runner._models
 
 
 def test_neither_loading_nor_calling_copies_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +572,7 @@ def test_a_write_to_a_mapped_tensor_never_reaches_the_file(tmp_path: Path) -> No
     store = gf.AdapterStore(model, tmp_path)
     before = store.path("a0").read_bytes()
     with torch.no_grad():
-        for tensor in store._read("a0").entry.tensors.values():
+        for tensor in store._read("a0").adapter.tensors.values():
             tensor.zero_()
     assert store.path("a0").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""The samples of a batch are followed: a tag is right if changing one sample changes nothing that is another's."""
+"""Tracking the samples of a batch: a tag is right if changing one sample changes nothing that is another's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from gift_func.tracking.sample_axis import SampleAxis, TrackSamples, Untracked, owner_index, rows_of, tag
+from gift_func.tracking.sample_axis import SampleAxis, TrackSamples, Untracked, owner_index, sample_axis_of, tag
 
 B = 3
 LAYOUTS: dict[str, tuple[tuple[int, ...], SampleAxis]] = {
@@ -68,7 +68,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def there_and_back(x: Tensor) -> Tensor:
-    """SampleAxis in another order, and by the inverse permutation in their own again."""
+    """Rows in another order, and back in their own by the inverse permutation."""
     order = x[:, 0].argsort()
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
@@ -87,7 +87,7 @@ def experts(x: Tensor) -> Tensor:
 
 
 def grouped(x: Tensor) -> Tensor:
-    """SampleAxis in two groups, each with a matrix of its own."""
+    """Rows in two groups, each with a matrix of its own."""
     return torch._grouped_mm(x.bfloat16(), w(2, 24, 8).bfloat16(), offs=torch.tensor([2, len(x)], dtype=torch.int32)).float()
 
 
@@ -316,12 +316,12 @@ MOVES = {
 }
 
 
-def owners_like(tensor: Tensor, rows: SampleAxis, batch: int = B) -> Tensor:
+def owners_like(tensor: Tensor, samples: SampleAxis, batch: int = B) -> Tensor:
     """The sample of every element of a tensor."""
-    size = tensor.shape[rows.axis]
-    assert rows.owners is None or rows.owners.shape == (size,)
-    shape = [size if axis == rows.axis else 1 for axis in range(tensor.dim())]
-    return owner_index(rows, size, batch).reshape(shape).expand(tensor.shape)
+    size = tensor.shape[samples.axis]
+    assert samples.owners is None or samples.owners.shape == (size,)
+    shape = [size if axis == samples.axis else 1 for axis in range(tensor.dim())]
+    return owner_index(samples, size, batch).reshape(shape).expand(tensor.shape)
 
 
 def leaves(value: Any) -> list[Tensor]:
@@ -332,22 +332,22 @@ def leaves(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_one_sample_changes_its_own_elements_only(name: str, layout: str) -> None:
     function, known = CASES[name]
-    shape, rows = LAYOUTS[layout]
+    shape, samples = LAYOUTS[layout]
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     try:
         function(x)
     except (RuntimeError, IndexError, ValueError):
         assert layout not in known, "the function does not take this layout"
         return
-    marked = tag(x, rows)
+    marked = tag(x, samples)
     with TrackSamples(B):
         out = leaves(function(marked))
-    assert rows_of(x) is None
-    assert rows_of(marked) is rows
-    tags = [rows_of(tensor) for tensor in out]
+    assert sample_axis_of(x) is None
+    assert sample_axis_of(marked) is samples
+    tags = [sample_axis_of(tensor) for tensor in out]
     if layout in known:
         assert all(isinstance(found, SampleAxis) for found in tags), tags
-    owner = owners_like(x, rows)
+    owner = owners_like(x, samples)
     if name in MOVES:
         return _check_by_gradient(function, x, owner, tags)
     moved = False
@@ -402,11 +402,11 @@ MIXED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_mixed_samples_are_lost_and_the_function_is_named(name: str) -> None:
+def test_mixed_samples_are_untracked_and_the_function_is_named(name: str) -> None:
     function, wanted = MIXED[name]
     x = tag(torch.randn(3, 3, 4, dtype=torch.float64), SampleAxis(0, 1))
     with TrackSamples(3):
-        found = rows_of(function(x))
+        found = sample_axis_of(function(x))
     assert found == Untracked(wanted)
 
 
@@ -417,7 +417,7 @@ def test_constants_are_untagged() -> None:
         buffer = x.clone()
         buffer.zero_()
         made.append(buffer)
-    assert [rows_of(tensor) for tensor in made] == [None] * len(made)
+    assert [sample_axis_of(tensor) for tensor in made] == [None] * len(made)
 
 
 def test_flags_and_hooks_are_no_writes() -> None:
@@ -429,9 +429,9 @@ def test_flags_and_hooks_are_no_writes() -> None:
         hook = x.register_hook(lambda grad: grad)
         hook.remove()
         x.data = torch.ones(3, 4)
-        assert rows_of(x) is None
+        assert sample_axis_of(x) is None
         x.data = tag(torch.ones(3, 4), SampleAxis(1, 1))
-    found = rows_of(x)
+    found = sample_axis_of(x)
     assert isinstance(found, SampleAxis)
     assert found.axis == 1
 
@@ -442,7 +442,7 @@ def test_the_callers_tensor_is_never_marked() -> None:
     with TrackSamples(3):
         marked.mul_(2)
         F.dropout(marked, training=False)
-    assert rows_of(x) is None
+    assert sample_axis_of(x) is None
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
@@ -451,7 +451,7 @@ def test_a_buffer_is_marked_through_its_views(context: Callable[[], Any]) -> Non
     with context(), TrackSamples(3):
         buffer = torch.zeros(3, 5, 4)
         torch.add(x, 1, out=buffer[:, 2:])
-        found = rows_of(buffer)
+        found = sample_axis_of(buffer)
     assert isinstance(found, SampleAxis)
     assert found.axis == 0
 
@@ -469,20 +469,20 @@ class Doubled(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("by_numpy", [False, True])
-def test_an_autograd_function_is_followed_as_far_as_it_is_torch(by_numpy: bool) -> None:
+def test_an_autograd_function_is_tracked_as_far_as_it_is_torch(by_numpy: bool) -> None:
     x = tag(torch.randn(3, 4, requires_grad=True), SampleAxis(0, 1))
     function: Any = Doubled  # torch leaves `apply` untyped
     with TrackSamples(3):
-        found = rows_of(function.apply(x, by_numpy))
+        found = sample_axis_of(function.apply(x, by_numpy))
     assert (found is None) == by_numpy
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_are_followed_and_recomputed(reentrant: bool) -> None:
+def test_checkpoints_are_tracked_and_recomputed(reentrant: bool) -> None:
     leaf = torch.randn(3, 4, requires_grad=True)
     with TrackSamples(3):
         y = checkpoint(torch.tanh, tag(leaf, SampleAxis(0, 1)), use_reentrant=reentrant)
-        assert isinstance(rows_of(y), SampleAxis)
+        assert isinstance(sample_axis_of(y), SampleAxis)
     y.sum().backward()
     torch.testing.assert_close(leaf.grad, 1 - torch.tanh(leaf.detach()) ** 2)
 
@@ -491,18 +491,18 @@ def test_out_replaces_an_old_tag() -> None:
     x, into = tag(torch.randn(3, 4), SampleAxis(0, 1)), tag(torch.empty(3, 4), SampleAxis(1, 1))
     with TrackSamples(3):
         torch.add(torch.ones(3, 4), 1, out=into)
-        assert rows_of(into) is None
+        assert sample_axis_of(into) is None
         torch.add(x, 1, out=into)
-    found = rows_of(into)
+    found = sample_axis_of(into)
     assert isinstance(found, SampleAxis)
     assert found.axis == 0
 
 
-def test_a_batch_of_one_is_followed_whatever_its_axis_meets() -> None:
+def test_a_batch_of_one_is_tracked_whatever_its_axis_meets() -> None:
     x, y = tag(torch.randn(1, 5, 4), SampleAxis(0, 1)), tag(torch.randn(5, 1, 4), SampleAxis(1, 1))
     with TrackSamples(1):
-        found = rows_of(x + y)
-        grown = rows_of(x + torch.ones(3, 1, 1))
+        found = sample_axis_of(x + y)
+        grown = sample_axis_of(x + torch.ones(3, 1, 1))
     assert isinstance(found, SampleAxis)
     assert isinstance(grown, SampleAxis)
     assert owner_index(grown, 3, 1).tolist() == [0, 0, 0]
@@ -552,23 +552,23 @@ class Watch:
 
     def _reader(self, name: str) -> Callable[[nn.Module, Any], None]:
         def read(module: nn.Module, args: Any) -> None:
-            self.seen.append((name, args[0], rows_of(args[0])))
+            self.seen.append((name, args[0], sample_axis_of(args[0])))
 
         return read
 
     def _start(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        rows = rows_of(output)
-        if rows is None:
+        samples = sample_axis_of(output)
+        if samples is None:
             return None  # of positions, the same for every sample
-        assert isinstance(rows, SampleAxis)
+        assert isinstance(samples, SampleAxis)
         leaf = output.detach().requires_grad_()
-        assert rows_of(leaf) is rows
-        self.sources.append((leaf, rows))
+        assert sample_axis_of(leaf) is samples
+        self.sources.append((leaf, samples))
         return leaf
 
-    def check(self, name: str, tensor: Tensor, rows: Any) -> None:
-        assert isinstance(rows, SampleAxis), f"{name}: {rows}"
-        mine = owners_like(tensor, rows, self.batch)
+    def check(self, name: str, tensor: Tensor, samples: Any) -> None:
+        assert isinstance(samples, SampleAxis), f"{name}: {samples}"
+        mine = owners_like(tensor, samples, self.batch)
         for sample in range(self.batch):
             part = torch.where(mine == sample, tensor, 0).square().sum()
             grads = torch.autograd.grad(part, [leaf for leaf, _ in self.sources], retain_graph=True, allow_unused=True)
@@ -590,11 +590,11 @@ def test_networks(row: models.Row, axis: int) -> None:
     watch = Watch(model, batch)
 
     def start(tensor: Tensor) -> Tensor:
-        rows = SampleAxis(axis, 1)
+        samples = SampleAxis(axis, 1)
         if tensor.is_floating_point():
             tensor.requires_grad_()
-            watch.sources.append((tensor, rows))
-        return tag(tensor, rows)
+            watch.sources.append((tensor, samples))
+        return tag(tensor, samples)
 
     constant = {"attn_mask"}  # of every sample alike
     args = tree_map_only(Tensor, start, args)
@@ -605,13 +605,13 @@ def test_networks(row: models.Row, axis: int) -> None:
     for seen in watch.seen:
         watch.check(*seen)
     out = [leaf for leaf in leaves(output) if leaf.is_floating_point() and leaf.requires_grad]
-    watch.check("output", out[0], rows_of(out[0]))
+    watch.check("output", out[0], sample_axis_of(out[0]))
 
 
 def test_the_fast_path_of_encoders_is_not_taken() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
     with torch.no_grad(), TrackSamples(3):
-        found = rows_of(layer(tag(torch.randn(3, 3, 8), SampleAxis(0, 1))))
+        found = sample_axis_of(layer(tag(torch.randn(3, 3, 8), SampleAxis(0, 1))))
     assert isinstance(found, SampleAxis)
     assert found.axis == 0
 

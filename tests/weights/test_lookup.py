@@ -48,7 +48,7 @@ def test_rows_are_those_of_the_dense_table(label: str, name: str, monkeypatch: p
     with torch.no_grad():
         dense = adapted.with_adapter(state).merge()
     leaves = {n: t.detach().clone().requires_grad_() for n, t in state.items()}
-    table = adapted._body.weights(leaves)["weight"].dense()
+    table = adapted.structured_weights(leaves)["weight"].dense()
     wanted = torch.func.functional_call(dense, {"weight": table}, inputs)
     gradients = torch.autograd.grad(wanted.sin().sum(), list(leaves.values()))
     if name != "padded bag":  # torch leaves padding out of a bag by its number in the table

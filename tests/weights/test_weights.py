@@ -462,7 +462,7 @@ def test_autocast_runs_the_change_in_its_type(own: torch.dtype) -> None:
     wanted = adapted.merge()(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert adapted(x).dtype == model(x).dtype
-        hidden = adapted._body.module[0](x)  # type: ignore[index]
+        hidden = adapted.copy_pool.module[0](x)  # type: ignore[index]
         assert hidden.dtype == torch.bfloat16
         loss = adapted(x).float().square().sum()
         pure = gf.functional_call(adapted, dict(adapted.adapter.items()), (x,))

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import replace
-from functools import reduce
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ... import safetensors_io
 from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
-from ...initialise import Shapes
-from ...methods import Diff, LoHa, LoKr, LoRA, WeightMethod
-from ...network.frozen_base import BaseView, FrozenBase
-from ...select import Regex, Site
-from ...strategy import Placement, Strategy
-from .methods import Decomposed, is_host
+from ...network.base_view import BaseView
+from ...network.frozen_base import FrozenBase
+from ..strategy_of import strategy_of
 from .module_tensors import ModuleTensors, Tensors
-from .names import Names, Prefix, prefix_of
-from .read import contents
-from .table import BIASES, kind_of
+from .names import ModuleNames, Prefix, prefix_of
+from .reader import KohyaReader
 
 
 def load(
@@ -30,30 +26,30 @@ def load(
 ) -> AdaptedModel:
     """Read an adapter of kohya's scripts or of LyCORIS, or one that `save` wrote, onto a model. Nothing is unpickled.
 
-    Read are LoRA (LoCon, with Tucker cores, with alpha or without), LoHa, LoKr, each with DoRA's magnitudes on either side,
-    diag-OFT, IA3, and changes in full of weights, biases and norms. Every tensor must have its place in the model; a
-    factor of a linear layer may be stored as that of a convolution of size 1, and the other way round.
+    It reads LoRA (LoCon, with Tucker cores, with alpha or without), LoHa, LoKr, each with DoRA's magnitudes on either side,
+    diag-OFT, IA3, and full changes of weights, biases and norms. Every tensor must belong to a parameter of the model; a
+    factor of a linear layer may be stored as that of a convolution of size 1, and vice versa.
 
     Where LyCORIS 4.1 contradicts itself, this follows what its layers compute and not what `merge_to` makes, which scales
     LoHa and LoKr by (alpha / rank)²; and IA3's factors apply to the weight alone, not to the bias.
 
     Args:
-        model: the model the adapter was made for; it is not touched.
+        model: the model the adapter was made for; it is not changed.
         path: the file, safetensors.
         prefix: how the file's names begin before the model's own: `"lora_unet"`, say, or `"lora_te_text_model"` for a
             CLIPTextModel of transformers 5, which has no `text_model` inside any more. For a file that is for several
-            models, which module each beginning stands for, with None for what is to be passed over:
+            models, which module each beginning stands for, with None for those to skip:
             `{"lora_unet": "unet", "lora_te": "text_encoder"}` or `{"lora_unet": "", "lora_te": None}`. By default the
             file's own, if it is one of those in use.
 
     Returns:
-        The adapted model, in the training mode of `model`; what the file holds is trainable, in its element type where the
-        method has one of its own.
+        The adapted model, in the training mode of `model`; the file's tensors are trainable, in their dtype if the method has
+        a field for it.
 
     Raises:
         FileError: if the file is missing, damaged or a pickle; if a name is that of no module or of several, with the
-            nearest; if it holds what is not supported, by its name; if shapes do not fit; if `prefix` leads to no module.
-            Nothing was changed then.
+            nearest names; if it contains what is not supported, naming it; if shapes do not fit; if a module of `prefix` does
+            not exist.
 
     Example:
         >>> import os, tempfile, torch, gift_func as gf
@@ -63,138 +59,74 @@ def load(
         >>> list(gf.interop.kohya.load(model, path).adapter)
         ['1.lora_B', '1.lora_A']
     """
-    tensors, _ = contents(path)
+    with _pickles_named(Path(path)):
+        tensors, _ = safetensors_io.read(Path(path))
     base = base_of(model)
     try:
-        groups, plan = grouped(tensors), KohyaReader(base)
-        names = Names(base.structure.modules, prefix_of(groups) if prefix is None else prefix)
-        for called, own in groups.items():
-            if not names.passes_over(called):
-                plan.read(ModuleTensors(called, own), names.module(called))
-        if not plan.methods:
+        groups, reader = grouped_by_module(tensors), KohyaReader(base)
+        names = ModuleNames(base.tree.modules, prefix_of(groups) if prefix is None else prefix)
+        for flat_name, own in groups.items():
+            if not names.skips(flat_name):
+                reader.read(ModuleTensors(flat_name, own), names.module(flat_name))
+        if not reader.methods:
             raise FileError("the file adapts nothing" + (" but what is to be passed over" if groups else ""))
-        return readapt(base, plan.strategy(), plan.state)
+        return readapt(base, strategy_of(reader.methods), reader.state)
     except (AdaptError, StateError, FileError) as error:
         raise FileError(f"{os.fspath(path)} does not fit the model: {error}") from None
 
 
-def grouped(tensors: Tensors) -> dict[str, Tensors]:
-    """A file's tensors by module, and by what comes after its name.
+def grouped_by_module(tensors: Tensors) -> dict[str, Tensors]:
+    """A file's tensors by module, and by the rest of their names.
 
     Raises:
         FileError: for a name without a dot.
     """
     groups: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
-        called, dot, name = key.partition(".")
+        flat_name, dot, name = key.partition(".")
         if not dot:
             raise FileError(
                 f"the file holds {key!r}, and a kohya file's names are '<module>.<tensor>', the module's without dots"
             )
-        groups.setdefault(called, {})[name] = tensor
+        groups.setdefault(flat_name, {})[name] = tensor
     return groups
 
 
-class KohyaReader:
-    """What a file's tensors become: methods by parameter, and the adapter's state.
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a file: how it was trained (`ss_...`), and anything else that the program that wrote it added.
+
+    `load` does not depend on it: it reads rank and alpha from the tensors.
 
     Args:
-        base: the base they are for.
-    """
-
-    def __init__(self, base: FrozenBase) -> None:
-        self.groups = {site.name: group for group in base.sites() for site in group}
-        self.state: Tensors = {}
-        self.methods: dict[str, WeightMethod] = {}
-
-    def read(self, found: ModuleTensors, module_name: str) -> None:
-        """Find a place for all that a file holds for one module.
-
-        Raises:
-            FileError: if something has none.
-        """
-        for name in BIASES:
-            if name in found.left:
-                self.place(self.site(found, module_name, "bias"), Diff(), {"diff": found.take(name)}, found)
-        if not found.left:
-            return
-        site, kind = self.site(found, module_name, "weight"), kind_of(found)
-        if not is_host(site.module) and not kind.marks <= {"diff", "w_norm"}:
-            raise FileError(
-                f"{found.called} holds {kind.label} for {module_name!r}, a {type(site.module).__name__}, and such files adapt "
-                "Linear, Conv1d, Conv2d and Conv3d"
-            )
-        method, tensors = kind.read(found, site)
-        self.place(site, method, tensors, found)
-
-    def site(self, found: ModuleTensors, module_name: str, param_name: str) -> Site:
-        """The site of a module's weight or bias.
-
-        Raises:
-            FileError: if the module has none, or it is tied to another module's.
-        """
-        name = f"{module_name}.{param_name}" if module_name else param_name
-        if name not in self.groups:
-            raise FileError(f"{found.called} changes the {param_name} of {module_name!r}, which has none")
-        group = self.groups[name]
-        site = next(site for site in group if site.name == name)
-        others = [other.name for other in group if other.module is not site.module]
-        if others:
-            raise FileError(
-                f"{found.called} adapts {name!r} alone, and in this model it is one with {', '.join(others)}: a tied parameter "
-                "stays tied here. Untie them in the model (a copy of the parameter in one place)."
-            )
-        return site
-
-    def place(self, site: Site, method: WeightMethod, tensors: Tensors, found: ModuleTensors) -> None:
-        """Adapt a parameter by tensors of the file.
-
-        Raises:
-            FileError: if the method cannot adapt it, or a tensor has another size than it asks for.
-        """
-        if found.left and site.param_name == "weight":
-            raise FileError(f"{found.called} also holds {next(iter(found.left))!r}, for which there is no use")
-        name = self.groups[site.name][0].name
-        if name in self.methods:
-            raise FileError(f"the file adapts {name!r} twice, the second time as {found.called}")
-        lack = method.why_not(site)
-        if lack is not None:
-            raise FileError(f"{found.called} would adapt {site.name!r} by {method}, which needs {lack}")
-        method = held(method, site.parameter.dtype, tensors)
-        bare = replace(site, parameter=torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta"))
-        placement = Placement(name, bare, method.for_site(bare), method)
-        wanted = Shapes(torch.Generator()).own(placement)
-        if wanted.keys() != tensors.keys():
-            odd = sorted(wanted.keys() ^ tensors.keys())[0]
-            raise FileError(f"{found.called} would adapt {site.name!r} by {method}, which fits the file but for {odd!r}")
-        for local, like in wanted.items():
-            self.state[placement.full_name(local)] = fitted(tensors[local], like.shape, local, found)
-        self.methods[name] = method
-
-    def strategy(self) -> Strategy:
-        """The rules that lead to these places."""
-        names: dict[WeightMethod, list[str]] = {}
-        for name, method in self.methods.items():
-            names.setdefault(method, []).append(re.escape(name))
-        return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
-
-
-def held(method: WeightMethod, dtype: torch.dtype, tensors: Tensors) -> WeightMethod:
-    """The method, holding its tensors in the widest of the file's element types if it can and the parameter's is another."""
-    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-    if isinstance(method, Decomposed):
-        return method.replace(of=held(method.of, dtype, tensors))
-    return method.replace(dtype=widest) if isinstance(method, (LoRA, LoHa, LoKr)) and widest != dtype else method
-
-
-def fitted(tensor: Tensor, shape: torch.Size, local: str, found: ModuleTensors) -> Tensor:
-    """A file's tensor in our shape, from which it may differ by dimensions of size 1 and by a flattened kernel.
+        path: the file.
 
     Raises:
-        FileError: if it differs otherwise.
+        FileError: if the file is missing, damaged or a pickle.
+
+    Example:
+        >>> import os, tempfile, torch, gift_func as gf
+        >>> path = os.path.join(tempfile.mkdtemp(), "lora.safetensors")
+        >>> gf.interop.kohya.save(gf.adapt(torch.nn.Linear(4, 2), gf.LoRA(rank=2)), path)
+        >>> gf.interop.kohya.metadata(path)["ss_network_dim"]
+        '2'
     """
-    same = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
-    flat = tensor.ndim > len(shape) == 2 and tensor.flatten(1).shape == shape
-    if not same and not flat:
-        raise FileError(f"{found.called} is to have {local} of shape {tuple(shape)}, and has {tuple(tensor.shape)}")
-    return tensor.reshape(shape)
+    with _pickles_named(Path(path)):
+        return safetensors_io.read_metadata(Path(path))
+
+
+@contextmanager
+def _pickles_named(path: Path) -> Iterator[None]:
+    """Raise an error that says so if the file cannot be read because it is a pickle, as older files are."""
+    try:
+        yield
+    except FileError:
+        start = b""
+        if path.is_file():
+            with open(path, "rb") as file:
+                start = file.read(2)
+        if start in (b"PK", b"\x80\x02"):
+            raise FileError(
+                f"{path} is a pickle, which is not read: loading one can run any code. Convert it to safetensors where you "
+                "trust it."
+            ) from None
+        raise

@@ -1,25 +1,23 @@
-"""Methods that LyCORIS files hold and no paper names: decomposed changes of any kind, and kin of IA3 and LoKr."""
+"""Methods of LyCORIS's files that no paper describes: decomposed changes, and variants of IA3 and LoKr."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import AdaptError
-from ...methods import IA3, LoHa, LoKr, LoRA, Method, WeightMethod
+from ...methods import IA3, LoHa, LoKr, LoRA, WeightMethod
 from ...select import Site
 from ...weights import Dense, OnBase, Weight
+from ...weights.value import Side
 
-Side = Literal["output", "input"]
 
-
-class Stretched(OnBase):
-    """`m ⊙ V/‖V‖`, a norm and an m for each output of a layer, or for each of its inputs.
+class WeightNormed(OnBase):
+    """`m ⊙ V/‖V‖`, with a norm and an m for each output of a layer, or for each of its inputs.
 
     Args:
         base: V, `(out, in, k...)`.
@@ -35,18 +33,18 @@ class Stretched(OnBase):
     def norm(self) -> Tensor:
         """‖V‖, of the magnitude's shape."""
         v = self.base.dense()
-        kept = 0 if self.side == "output" else 1
-        over = [axis for axis in range(v.ndim) if axis != kept]
+        own = 0 if self.side == "output" else 1
+        over = [axis for axis in range(v.ndim) if axis != own]
         found: Tensor = torch.linalg.vector_norm(v, dim=over, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
         return found
 
     def dense(self) -> Tensor:
         norm = self.norm()
-        gain = self.magnitude / torch.where(norm > 0, norm, 1)  # what is pruned stays zero, where 0/0 would be NaN
+        gain = self.magnitude / torch.where(norm > 0, norm, 1)  # rows of zeros stay zero, where 0/0 would be NaN
         return (self.base.dense() * gain).to(self.dtype)
 
     def eval(self) -> Weight:
-        return Stretched(self.base.eval(), self.magnitude, self.side)
+        return WeightNormed(self.base.eval(), self.magnitude, self.side)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Decomposed(WeightMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.of, Mapping):
-            object.__setattr__(self, "of", Method.from_dict(self.of))
+            object.__setattr__(self, "of", WeightMethod.from_dict(self.of))
         of = self.of
         if not isinstance(of, (LoRA, LoHa, LoKr)) or type(of) not in (LoRA, LoHa, LoKr, GivenLoKr):
             raise AdaptError(f"Decomposed is of a LoRA, LoHa or LoKr, got of={of}")
@@ -117,10 +115,10 @@ class Decomposed(WeightMethod):
         tensors = self.of.init_tensors(site, generator)
         dtype = next(iter(tensors.values())).dtype
         v = self.of.weight(Dense(site.parameter.detach()), tensors)
-        return {**tensors, "dora_scale": Stretched(v, tensors[next(iter(tensors))], self.side).norm().to(dtype)}
+        return {**tensors, "dora_scale": WeightNormed(v, tensors[next(iter(tensors))], self.side).norm().to(dtype)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
-        return Stretched(self.of.weight(base, tensors), tensors["dora_scale"], self.side)
+        return WeightNormed(self.of.weight(base, tensors), tensors["dora_scale"], self.side)
 
     def rank_axes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return self.of.rank_axes({name: tensor for name, tensor in tensors.items() if name != "dora_scale"})
@@ -193,5 +191,5 @@ class GivenLoKr(LoKr):
 
 
 def is_host(module: nn.Module) -> bool:
-    """Whether LyCORIS adapts such a module by a change of its weight."""
+    """Whether LyCORIS adapts the weight of such a module."""
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))

@@ -1,4 +1,4 @@
-"""One module's tensors in a file, and one module's tensors on their way into one."""
+"""A module's tensors in a kohya or LyCORIS file, and the formats in which they change a weight."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ModuleTensors:
-    """What a file holds for one module; readers take from it until nothing is left.
+    """The tensors of one module in a file. What reads a tensor takes it, so that those that nothing reads remain.
 
     Args:
-        called: the module's name in the file.
-        tensors: the tensors by what comes after that name.
+        name: the module's name in the file, where dots are underscores.
+        tensors: by the part of their names after the module's.
     """
 
-    def __init__(self, called: str, tensors: Mapping[str, Tensor]) -> None:
-        self.called = called
-        self.left = dict(tensors)
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.name = name
+        self.remaining = dict(tensors)
 
     def take(self, name: str) -> Tensor:
-        """A tensor of real numbers.
+        """Remove a tensor of real numbers, and return it.
 
         Raises:
-            FileError: if it is not there, or holds none.
+            FileError: if it is missing, or of another dtype.
         """
-        if name not in self.left:
-            raise FileError(f"the file lacks {self.called}.{name}; {nearest(name, self.left)}")
-        tensor = self.left.pop(name)
+        if name not in self.remaining:
+            raise FileError(f"the file lacks {self.name}.{name}; {nearest(name, self.remaining)}")
+        tensor = self.remaining.pop(name)
         if tensor.dtype not in FLOATS:
             kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
-            raise FileError(f"{self.called}.{name} is of {tensor.dtype}, and supported are {kinds}")
+            raise FileError(f"{self.name}.{name} is of {tensor.dtype}, and supported are {kinds}")
         return tensor
 
     def matrix(self, name: str) -> Tensor:
-        """A factor that is a matrix, however it is stored: a linear layer's may be a convolution's of size 1.
+        """Remove a factor of a product, and return it; a linear layer's may be stored as a convolution's of size 1.
 
         Raises:
-            FileError: if it is none.
+            FileError: if it is missing or has less than two axes.
         """
         tensor = self.take(name)
         if tensor.ndim < 2:
-            raise FileError(f"{self.called}.{name} is to be a factor of a product, and has the shape {tuple(tensor.shape)}")
+            raise FileError(f"{self.name}.{name} is to be a factor of a product, and has the shape {tuple(tensor.shape)}")
         return tensor
 
     def scalar(self, name: str, default: float) -> float:
-        """One number, or the default where there is none."""
-        if name not in self.left:
+        """Remove a tensor of one number and return the number, or the default if there is no such tensor."""
+        if name not in self.remaining:
             return default
-        tensor = self.left.pop(name)
+        tensor = self.remaining.pop(name)
         if tensor.numel() != 1:
-            raise FileError(f"{self.called}.{name} is to be one number, and has the shape {tuple(tensor.shape)}")
+            raise FileError(f"{self.name}.{name} is to be one number, and has the shape {tuple(tensor.shape)}")
         return float(tensor)
 
     def alpha(self, rank: int) -> float | None:
-        """The numerator of the scale alpha / rank: None where it is the rank, or 0, or missing."""
+        """The numerator of the scale alpha / rank; None if it is the rank, 0 or missing."""
         alpha = self.scalar("alpha", 0.0)
         return None if alpha in (0.0, rank) else alpha
 
 
-Reader = Callable[[ModuleTensors, Site], tuple[WeightMethod, Tensors]]
-"""Takes a weight's change from a file: the method it stands for, and that one's tensors."""
+ReadChange = Callable[[ModuleTensors, Site], tuple[WeightMethod, Tensors]]
+"""Reads the change of a weight: returns the method that it stands for, and the method's tensors."""
 
-Writer = Callable[[WeightMethod, Tensors, Site, Tensor], Tensors]
-"""Gives a method's tensors as a file has them; the last argument is the base's own weight."""
+WriteChange = Callable[[WeightMethod, Tensors, Site, Tensor], Tensors]
+"""Returns a method's tensors by their names in a file; the last argument is the base's weight."""
 
 
-class Kind:
-    """A row of the table: one way in which a file changes a weight.
+class ChangeFormat:
+    """One format in which a file changes a weight.
 
     Args:
-        label: its name, in errors.
-        marks: the tensors that tell it, each by itself, with blanks between them.
-        others: what more it may have.
-        read: what takes it from a file.
+        label: its name in errors.
+        marks: the tensors by any of which it is recognised, separated by spaces.
+        others: the tensors that it may have besides.
+        read: reads it.
     """
 
-    def __init__(self, label: str, marks: str, others: str, read: Reader) -> None:
+    def __init__(self, label: str, marks: str, others: str, read: ReadChange) -> None:
         self.label = label
         self.marks = frozenset(marks.split())
         self.tensors = self.marks | frozenset(others.split())

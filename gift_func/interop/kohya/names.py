@@ -14,16 +14,16 @@ Prefix = str | Mapping[str, str | None]
 KNOWN = re.compile(r"(lycoris|(?:lora|oft)_(?:unet|te\d*|transformer))(?=[_.])")
 
 
-class Names:
-    """Which module a file's name stands for, and the other way round.
+class ModuleNames:
+    """Which module a name in a file stands for, and which name in a file a module has.
 
-    Putting underscores for dots loses something: `my_lin` and `my.lin` are one in a file. So a name is looked up among
-    those of the model's modules, and is an error where two of them share it.
+    Names in a file have underscores for dots, so `my_lin` and `my.lin` have one name there. A name is therefore looked up
+    among the names of the model's modules, and it is an error if two modules have it.
 
     Args:
-        modules: all names of the model's modules.
-        prefix: how the names begin in the file, for all of the model; or for each beginning the module that it stands
-            for, `""` for the model, None for one that is to be passed over.
+        modules: the model's modules, by dotted name.
+        prefix: how the names begin in the file, for all of the model; or the module that each beginning stands for: `""` for
+            the model, None for names to skip.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], prefix: Prefix) -> None:
@@ -40,51 +40,51 @@ class Names:
                 if root is None or not (name == root or root == "" or name.startswith(f"{root}.")):
                     continue
                 inside = name.removeprefix(root).removeprefix(".").replace(".", "_")
-                called = f"{beginning}_{inside}" if inside else beginning
-                self._found.setdefault(called, []).append(name)
-                self._names.setdefault(name, called)
+                flat_name = f"{beginning}_{inside}" if inside else beginning
+                self._found.setdefault(flat_name, []).append(name)
+                self._names.setdefault(name, flat_name)
 
-    def passes_over(self, called: str) -> bool:
-        """Whether the file's name has a beginning that is to be passed over, and no longer one that is not."""
-        fits = [beginning for beginning in self.prefixes if called == beginning or called.startswith(f"{beginning}_")]
+    def skips(self, flat_name: str) -> bool:
+        """Whether the longest beginning that fits a name in the file is one to skip."""
+        fits = [beginning for beginning in self.prefixes if flat_name == beginning or flat_name.startswith(f"{beginning}_")]
         return bool(fits) and self.prefixes[max(fits, key=len)] is None
 
-    def module(self, called: str) -> str:
-        """The module that a file's name stands for.
+    def module(self, flat_name: str) -> str:
+        """The module that a name in the file stands for.
 
         Raises:
             FileError: if there is none, or several.
         """
-        names = self._found.get(called, [])
+        names = self._found.get(flat_name, [])
         if not names:
             begins = ", ".join(map(repr, self.prefixes))
             raise FileError(
-                f"the file adapts {called!r}, and no module of this model is called so after {begins}; "
-                f"{nearest(called, self._found)}"
+                f"the file adapts {flat_name!r}, and no module of this model is called so after {begins}; "
+                f"{nearest(flat_name, self._found)}"
             )
         if len({id(self.modules[name]) for name in names}) > 1:
             raise FileError(
-                f"the file adapts {called!r}, which may be any of {', '.join(map(repr, names))}. Rename one of them."
+                f"the file adapts {flat_name!r}, which may be any of {', '.join(map(repr, names))}. Rename one of them."
             )
         return names[0]
 
-    def called(self, module_name: str) -> str:
-        """What a module is called in a file.
+    def flat_name(self, module_name: str) -> str:
+        """A module's name in a file.
 
         Raises:
-            AdaptError: if no prefix leads to it, or another module is called the same.
+            AdaptError: if no prefix leads to it, or another module has the same one.
         """
-        called = self._names.get(module_name)
-        if called is None:
+        flat_name = self._names.get(module_name)
+        if flat_name is None:
             raise AdaptError(f"no prefix leads to the module {module_name!r}; name one in prefix={dict(self.prefixes)}")
-        others = [name for name in self._found[called] if self.modules[name] is not self.modules[module_name]]
+        others = [name for name in self._found[flat_name] if self.modules[name] is not self.modules[module_name]]
         if others:
-            raise AdaptError(f"{module_name!r} and {others[0]!r} would both be {called!r} in the file. Rename one of them.")
-        return called
+            raise AdaptError(f"{module_name!r} and {others[0]!r} would both be {flat_name!r} in the file. Rename one of them.")
+        return flat_name
 
 
 def prefix_of(names: Iterable[str]) -> str:
-    """The beginning that all of a file's names share, of those in use.
+    """The known beginning that all names in a file share.
 
     Raises:
         FileError: if there are several, or a name has none.

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ... import safetensors_io
 from ...adapted_model import AdaptedModel
+from ...adapter import AdaptedParameter
 from ...errors import AdaptError
-from ...files import unshared, write_whole
 from ...methods import Diff, DoRA, Full, LoHa, LoKr, LoRA, WeightMethod
 from ...methods.ia3 import ScaledBias
 from ...methods.norm_tuning import is_norm
-from ...network.runner import AdaptedParameter
 from ...select import Site
+from .formats import WRITERS, change_of
 from .methods import Decomposed, is_host
 from .module_tensors import Tensors
-from .names import Names, Prefix
-from .table import WRITERS, change_of
+from .names import ModuleNames, Prefix
 
 NATIVELY = "Save it natively (gf.save_adapter), or merge() it and save the model."
 
@@ -36,11 +35,11 @@ def save(
     prefix: Prefix = "lycoris",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter as a safetensors file that LyCORIS and what reads kohya's files can load.
+    """Write an adapter as a safetensors file that LyCORIS, and programs that read kohya's files, can load.
 
-    The tensors have the element types they have here. Parameters that were trained whole are written as their change,
-    `θ − W`, rounded once. LyCORIS finds a bias only beside its weight, so one that was trained alone stands beside zeros.
-    What the format cannot say is refused, so the file means what the adapted model computes.
+    The tensors keep their dtypes. Parameters that were trained whole are written as their change, `θ − W`, rounded once.
+    LyCORIS reads a bias only together with its weight, so for a bias that was trained alone a weight of zeros is written.
+    What the format cannot express raises an error, so the file means what the adapted model computes.
 
     Args:
         adapted: the adapted model: LoRA, DoRA, LoHa, LoKr, OFT on the output side, and what `load` makes, of the weights
@@ -48,11 +47,11 @@ def save(
         path: the file, `*.safetensors` by convention.
         prefix: how names begin in the file: `"lora_unet"`, `"lora_te"`; LyCORIS's own wrapper reads `"lycoris"`. For a
             model made of several, one for each: `{"lora_unet": "unet", "lora_te": "text_encoder"}`.
-        metadata: what else to say in the file (`ss_base_model_version`, say), or otherwise than here: `ss_network_module`,
-            `ss_network_dim`, `ss_network_alpha`, `ss_network_args`, `sshs_model_hash`.
+        metadata: further metadata (`ss_base_model_version`, say), or other values for what is written by default:
+            `ss_network_module`, `ss_network_dim`, `ss_network_alpha`, `ss_network_args`, `sshs_model_hash`.
 
     Raises:
-        AdaptError: for what the format cannot say, naming it; nothing was written then.
+        AdaptError: for what the format cannot express, naming it; nothing was written then.
 
     Example:
         >>> import os, tempfile, torch, gift_func as gf
@@ -62,57 +61,54 @@ def save(
         >>> sorted(load_file(path))
         ['lycoris_0.alpha', 'lycoris_0.lora_down.weight', 'lycoris_0.lora_up.weight']
     """
-    tensors = tensors_of(adapted, prefix)
-    meta = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
-    if meta is not None:
-        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
-    tensors = unshared({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
-    data = safetensors_bytes(tensors)
-    about = {**network(adapted), "sshs_model_hash": digest(data), **(metadata or {})}
-    write_whole(Path(path), with_metadata(data, {key: str(value) for key, value in about.items()}))
+    data = safetensors_io.to_bytes(tensors_of(adapted, prefix))
+    # The hash by which kohya's scripts identify a network.
+    model_hash = hashlib.sha256(safetensors_io.without_header(data)).hexdigest()
+    about = {**network_metadata(adapted), "sshs_model_hash": model_hash, **(metadata or {})}
+    safetensors_io.write(Path(path), safetensors_io.with_metadata(data, {key: str(value) for key, value in about.items()}))
 
 
 def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
-    """All that the file is to hold.
+    """The file's tensors.
 
     Raises:
-        AdaptError: for what it cannot hold.
+        AdaptError: for what the format cannot express.
     """
-    base = adapted._body.base
+    base = adapted.frozen_base
     if base.slots:
         raise AdaptError(f"the model was adapted on top of another adapter, which the file would leave out. {NATIVELY}")
-    names = Names(base.structure.modules, prefix)
+    names = ModuleNames(base.tree.modules, prefix)
     groups = {site.name: group for group in base.sites() for site in group}
     state = adapted.adapter_state_dict()
-    lost = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
-    if lost is not None:
-        raise AdaptError(f"the buffer {lost!r} differs from the base's, and the file has no place for it. {NATIVELY}")
+    buffer = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
+    if buffer is not None:
+        raise AdaptError(f"the buffer {buffer!r} differs from the base's, and the file has no place for it. {NATIVELY}")
     made: Tensors = {}
     beside: list[tuple[str, Tensor, Site]] = []
-    for part in adapted.parts:
-        site = _site(part, groups)
-        called = names.called(site.module_name)
+    for part in adapted.adapted_parameters:
+        site = _site_of(part, groups)
+        flat_name = names.flat_name(site.module_name)
         own = {local: state[name] for local, name in part.names.items()}
         weight = base.weights[part.name].dense()
         if site.param_name == "bias" and isinstance(part.method, (Diff, Full)):
-            beside.append((called, change_of(part.method, own, weight), site))
+            beside.append((flat_name, change_of(part.method, own, weight), site))
             continue
         writer = _writer(part.method, site)
-        made |= {f"{called}.{name}": tensor for name, tensor in writer(part.method, own, site, weight).items()}
-    for called, change, site in beside:
-        made |= _bias(called, change, site, made)
+        made |= {f"{flat_name}.{name}": tensor for name, tensor in writer(part.method, own, site, weight).items()}
+    for flat_name, change, site in beside:
+        made |= _bias_change(flat_name, change, site, made)
     return made
 
 
-def network(adapted: AdaptedModel) -> dict[str, str]:
-    """What readers of metadata look for: which kind of network it is, its dimension and alpha."""
-    methods = [part.method.of if isinstance(part.method, Decomposed) else part.method for part in adapted.parts]
+def network_metadata(adapted: AdaptedModel) -> dict[str, str]:
+    """The metadata that programs look for: the kind of network, its dimension and its alpha."""
+    methods = [part.method.of if isinstance(part.method, Decomposed) else part.method for part in adapted.adapted_parameters]
     algos = [WRITERS[type(method)][0] for method in methods if type(method) in WRITERS]
     main = next((algo for algo in algos if algo != "full"), "full")
     ranked = [method for method in methods if isinstance(method, (LoRA, LoHa, LoKr))]
     ranks, alphas = {method.rank for method in ranked}, {method.scale * method.rank for method in ranked}
     args: dict[str, Any] = {"algo": main}
-    if any(isinstance(part.method, (Decomposed, DoRA)) for part in adapted.parts):
+    if any(isinstance(part.method, (Decomposed, DoRA)) for part in adapted.adapted_parameters):
         args["dora_wd"] = "True"
     return {
         "ss_network_module": "lycoris.kohya",
@@ -122,23 +118,7 @@ def network(adapted: AdaptedModel) -> dict[str, str]:
     }
 
 
-def digest(data: bytes) -> str:
-    """SHA-256 of a safetensors file without its header, by which kohya's scripts know a network."""
-    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-
-
-def with_metadata(data: bytes, about: Mapping[str, str]) -> bytes:
-    """A safetensors file without metadata, with some.
-
-    Safetensors itself writes several entries in no fixed order, and equal adapters are to make equal files.
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps({"__metadata__": dict(about), **json.loads(data[8:end])}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _site(part: AdaptedParameter, groups: Mapping[str, list[Site]]) -> Site:
+def _site_of(part: AdaptedParameter, groups: Mapping[str, list[Site]]) -> Site:
     if part.name not in groups:
         raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no such file can hold. {NATIVELY}")
     group = groups[part.name]
@@ -167,20 +147,20 @@ def _writer(method: WeightMethod, site: Site) -> Any:
     return WRITERS[type(method)][1]
 
 
-def _bias(called: str, change: Tensor, site: Site, made: Tensors) -> Tensors:
-    """A bias's change, which LyCORIS looks for only beside a change of its weight in full."""
+def _bias_change(flat_name: str, change: Tensor, site: Site, made: Tensors) -> Tensors:
+    """The change of a bias, which LyCORIS reads only together with a full change of its weight."""
     norm = is_norm(site.module)
     if not norm and not is_host(site.module):
         raise AdaptError(f"{site.name!r} of a {type(site.module).__name__} has no place in LyCORIS's files. {NATIVELY}")
     name, partner = ("b_norm", "w_norm") if norm else ("diff_b", "diff")
-    whole = f"{called}.{partner}"
+    whole = f"{flat_name}.{partner}"
     if whole in made:
-        return {f"{called}.{name}": change}
-    if any(key.startswith(f"{called}.") for key in made):
+        return {f"{flat_name}.{name}": change}
+    if any(key.startswith(f"{flat_name}.") for key in made):
         raise AdaptError(
             f"{site.name!r} is trained beside another change of its layer's weight, and LyCORIS reads a bias only beside a "
             f"weight that is trained whole. {NATIVELY}"
         )
     weight = site.module._parameters["weight"]
     assert weight is not None
-    return {whole: torch.zeros_like(weight, dtype=change.dtype), f"{called}.{name}": change}
+    return {whole: torch.zeros_like(weight, dtype=change.dtype), f"{flat_name}.{name}": change}

@@ -17,21 +17,21 @@ from ...methods.method import is_a
 Config = dict[str, Any]
 
 FILE = "adapter_config.json"
-VERSION = "0.21.2"
+PEFT_VERSION = "0.21.2"
 """The release of PEFT whose format is written."""
 
-COMMON: Config = {
+COMMON_KEYS: Config = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
     "inference_mode": True,
     "peft_type": "LORA",
-    "peft_version": VERSION,
+    "peft_version": PEFT_VERSION,
     "revision": None,
     "task_type": None,
 }
 """The keys of every method, with their values in a new file."""
 
-LORA: Config = {
+LORA_KEYS: Config = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
     "arrow_config": None,
@@ -80,31 +80,28 @@ UNSUPPORTED = (
     "use_qalora",
     "velora_config",
 )
-"""Keys that change what LoRA's tensors do, and that nothing here does."""
-
-RESIDUAL = ("pissa", "olora")
-"""Initialisations that PEFT takes out of the base's weights, and computes again when it loads a file."""
+"""Keys that change what LoRA's tensors do, and that are not supported."""
 
 MUTATING = ("corda", "loftq", "lora_ga", "pissa_niter")
-"""Those that rewrite the weights by what no file holds (data, or what was drawn): a change to nobody knows what weights."""
+"""Initialisations that rewrite the base's weights from data or random draws, which are in no file."""
 
 TIED = ("modules_to_tie", "target_modules_to_tie")
-"""What `ensure_weight_tying` leaves in a file besides."""
+"""Keys that PEFT adds with `ensure_weight_tying`."""
 
 WORDS = {"bias", "mask_type", "megatron_core", "peft_type", "peft_version"}
-"""Keys that hold a string."""
+"""Keys whose value is a string."""
 
 MODULES = {"exclude_modules", "feedforward_modules", "layers_pattern", "target_modules"}
-"""Keys that hold a pattern, or a list of names."""
+"""Keys whose value is a pattern or a list of names."""
 
 LISTS: dict[str, type] = {"modules_to_save": str, "target_parameters": str, "token_indices": int}
-"""Keys that hold a list, and of what."""
+"""Keys whose value is a list, and the type of its elements."""
 
 NUMBERS = {"random_loc_seed": int, "random_seed": int}
-"""Keys whose default does not tell that they hold a number."""
+"""Keys whose value is a number though their default is not."""
 
 
-def read(directory: Path) -> Config:
+def read_config(directory: Path) -> Config:
     """The config of a directory, as it is in the file.
 
     Raises:
@@ -125,12 +122,12 @@ def read(directory: Path) -> Config:
 
 
 def complete(config: Config, known: Config, ignore: Collection[str], unsupported: Collection[str] = ()) -> Config:
-    """The config with the defaults of what it leaves out.
+    """The config with defaults for the keys that it leaves out.
 
     Args:
         config: as in the file.
         known: the method's own keys and their defaults.
-        ignore: keys to pass over, whatever they say.
+        ignore: keys to leave out, whatever their values.
         unsupported: keys that must not be set.
 
     Raises:
@@ -145,7 +142,7 @@ def complete(config: Config, known: Config, ignore: Collection[str], unsupported
                 f"{FILE} sets {key}={value!r}, which changes what the adapter computes and is not supported. Merge the "
                 "adapter with PEFT and adapt the result, or train one without it."
             )
-        if key not in known and key not in COMMON:
+        if key not in known and key not in COMMON_KEYS:
             raise FileError(
                 f"{FILE} sets {key}={value!r}, and {config['peft_type']} has no such key here; {nearest(key, known)}. If "
                 f"it does not change what the adapter computes, pass ignore=({key!r},)."
@@ -153,13 +150,13 @@ def complete(config: Config, known: Config, ignore: Collection[str], unsupported
     # An explicit null is an old way to leave a key out.
     given = {key: value for key, value in given.items() if value is not None or known.get(key) is None}
     for key, value in given.items():
-        if not fits(key, value, known.get(key)):
+        if not has_type(key, value, known.get(key)):
             raise FileError(f"{FILE} has {key}={value!r}, which is not what {config['peft_type']} has there")
-    return {**COMMON, **known, **given}
+    return {**COMMON_KEYS, **known, **given}
 
 
-def fits(key: str, value: Any, default: Any) -> bool:
-    """Whether a value is of the kind that the key holds."""
+def has_type(key: str, value: Any, default: Any) -> bool:
+    """Whether a value is of the type that the key has."""
     if value is None:
         return True
     if key in MODULES:
@@ -167,11 +164,11 @@ def fits(key: str, value: Any, default: Any) -> bool:
     if key in LISTS:
         return _all(value, LISTS[key])
     if key == "layers_to_transform":
-        return _is(value, int) or _all(value, int)
+        return _is_instance(value, int) or _all(value, int)
     if key == "trainable_token_indices":
         return _all(value, int) or (isinstance(value, dict) and all(_all(tokens, int) for tokens in value.values()))
     if key.endswith("_pattern"):
-        return isinstance(value, dict) and all(_is(item, (int, float)) or _all(item, bool) for item in value.values())
+        return isinstance(value, dict) and all(_is_instance(item, (int, float)) or _all(item, bool) for item in value.values())
     if key in WORDS:
         return isinstance(value, str)
     if key.startswith("init_") and key != "init_r":
@@ -179,19 +176,19 @@ def fits(key: str, value: Any, default: Any) -> bool:
     kind = NUMBERS.get(key, type(default))
     if kind is type(None):
         return True
-    return _is(value, (int, float) if kind is float or key in ("alpha", "lora_alpha") else kind)
+    return _is_instance(value, (int, float) if kind is float or key in ("alpha", "lora_alpha") else kind)
 
 
-def _is(value: Any, kinds: type | tuple[type, ...]) -> bool:
+def _is_instance(value: Any, kinds: type | tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
 
 
 def _all(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(_is(item, kind) for item in value)
+    return isinstance(value, list) and all(_is_instance(item, kind) for item in value)
 
 
 def check_lora(config: Config) -> None:
-    """Refuse what the values of LoRA's keys ask for and is not supported.
+    """Refuse values of LoRA's keys that are not supported.
 
     Raises:
         FileError: naming the key.
@@ -230,14 +227,14 @@ def targets(config: Mapping[str, Any], name: str) -> bool:
 
 
 def matches(wanted: str | Iterable[str], name: str) -> bool:
-    """Whether a dotted name matches: a string is a regular expression for all of it, a list holds ends of names."""
+    """Whether a dotted name matches a regular expression, as a whole, or ends with a name of a list."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def resolved(config: Config, root: nn.Module) -> Config:
-    """The config with `"all-linear"` spelled out."""
+    """The config with the modules' names for `"all-linear"`."""
     wanted = config.get("target_modules")
     if not isinstance(wanted, str) or wanted.lower() != "all-linear":
         return config
@@ -252,7 +249,7 @@ def resolved(config: Config, root: nn.Module) -> Config:
 
 
 def shortest(chosen: Collection[str], others: Collection[str]) -> list[str] | str:
-    """`target_modules` for these modules and no others: ends of names where that can be said so, or else a pattern."""
+    """`target_modules` that matches these modules and no others: ends of names if there are such, or else a pattern."""
     names, taken = [], {end for other in others for end in _ends(other)}
     for name in chosen:
         end = next((end for end in _ends(name) if end not in taken), None)

@@ -1,196 +1,190 @@
-"""PEFT's other methods: what a row of the table says, and what is done with it."""
+"""The table of the file formats of PEFT's methods other than LoRA: one row each."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import nn
+from ...errors import AdaptError
+from ...methods import (  # fmt: skip
+    BOFT,
+    C3A,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
+    FourierFT,
+    HiRA,
+    LoHa,
+    LoKr,
+    MiSS,
+    NormTuning,
+    SHiRA,
+    TrainableTokens,
+    VeRA,
+)
+from .config import LORA_KEYS, UNSUPPORTED, Config
+from .file_format import LAYERS, FileFormat
+from .special_formats import AdaLoRAFormat, HiRAFormat, IA3Format, NormFormat, TokensFormat, VeRAFormat
+from .writer import plain_number
 
-from ...errors import AdaptError, FileError
-from ...methods import Diff, Full, LoRA, TrainableTokens, WeightMethod
-from ...methods.ia3 import ScaledBias
-from ...methods.matrix import HF_CONV1D
-from ...methods.method import is_a
-from ...methods.options import first_match
-from ...select import Site
-from . import config as configs
-from .config import Config
-from .keys import Entry, Paths
-from .reader import PeftReader, redrawn
-from .writer import PeftWriter, one
-
-LAYERS: Config = {"layers_pattern": None, "layers_to_transform": None}
-
-
-@dataclass(frozen=True)
-class FileFormat:
-    """One method of PEFT: its config and its tensors.
-
-    Attributes:
-        method: ours.
-        keys: the keys of its config and their defaults.
-        make: from a config, with patterns looked up, to the method.
-        tell: from a settled method to the keys that say so.
-        suffixes: the file's names of tensors, where they are not ours.
-        patterns: keys that may differ by place -> the key of the pattern that says so.
-        training: keys that act in training only, and on nothing here.
-        hosts: the classes of modules that PEFT adapts so; "Conv1D" is that of transformers.
-        drawn: our tensors that are not in a file because they follow from its config.
-        exact: whether a pattern's key is an end of a name after a dot, or a whole name letter by letter.
-        unsupported: keys that change what the tensors do, and that nothing here does.
-    """
-
-    method: type[WeightMethod]
-    keys: Config
-    make: Callable[[Config], WeightMethod]
-    tell: Callable[[Any], Config]
-    suffixes: Mapping[str, str] = field(default_factory=dict)
-    patterns: Mapping[str, str] = field(default_factory=dict)
-    training: Collection[str] = ()
-    hosts: tuple[str, ...] = ("Linear",)
-    drawn: Collection[str] = ()
-    exact: bool = False
-    unsupported: Collection[str] = ()
-
-    @property
-    def known(self) -> Config:
-        """All keys of the method's config."""
-        patterns: Config = {pattern: {} for pattern in self.patterns.values()}
-        return {"modules_to_save": None, "target_modules": None, **self.keys, **patterns}
-
-    def read(self, given: Config, ignore: Collection[str]) -> Config:
-        """The whole config.
-
-        Raises:
-            FileError: for what is not supported.
-        """
-        config = configs.complete(given, self.known, ignore, self.unsupported)
-        for key in self.training:
-            if config[key]:
-                raise FileError(
-                    f"{configs.FILE} sets {key}={config[key]!r}, which acts in training and is not supported. To load the "
-                    f"adapter without it, pass ignore=({key!r},)."
-                )
-        return config
-
-    def plan(self, plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
-        """Read a file.
-
-        Raises:
-            FileError: for what is not supported, or does not fit.
-        """
-        config = configs.resolved(self.read(given, ignore), plan.base.structure.module)
-        names = [name for name in plan.modules if name and configs.targets(config, name)]
-        paths = Paths(dict.fromkeys(names, 1))
-        for name in names:
-            self.place(plan, self.settled(config, name), paths.outside(name), name)
-        plan.save_modules(config["modules_to_save"] or (), paths)
-        if config.get("bias", "none") != "none":
-            plan.biases(paths)
-        plan.base_weights(paths)
-
-    def settled(self, config: Config, name: str) -> Config:
-        """The config for one module: patterns looked up."""
-        return {**config, **{key: self.lookup(config, key, name) for key in self.patterns}}
-
-    def lookup(self, config: Config, key: str, name: str) -> Any:
-        """The value of a key for one module, as PEFT looks it up."""
-        patterns = config[self.patterns[key]] or {}
-        if not self.exact:
-            return first_match(patterns, name, config[key])
-        found = next((pattern for pattern in patterns if re.match(rf".*\.{pattern}$", name)), name)
-        return patterns.get(found, config[key])
-
-    def place(self, plan: PeftReader, config: Config, path: str, name: str) -> None:
-        """Adapt one module by tensors of the file."""
-        module = plan.modules[name]
-        if not self.adapts(module):
-            raise FileError(f"the config targets {name!r}, a {type(module).__name__}; PEFT adapts {', '.join(self.hosts)} so")
-        site = plan.site(name, "weight")
-        method = self.make(config)
-        reason = method.why_not(site)
-        if reason is not None:
-            raise FileError(f"the config adapts {site.name!r} by {method}, which needs {reason}")
-        plan.place(site, method, self.entries(path, site, method))
-        plan.draw(site, method, self.drawn)
-
-    def adapts(self, module: nn.Module) -> bool:
-        """Whether PEFT adapts such a module by this method."""
-        known = tuple(getattr(nn, name) for name in self.hosts if name != "Conv1D")
-        hosted = isinstance(module, known) or ("Conv1D" in self.hosts and is_a(module, HF_CONV1D))
-        return hosted and module._parameters.get("weight") is not None
-
-    def entries(self, path: str, site: Site, method: WeightMethod) -> list[Entry]:
-        """The tensors of a module's weight, in the file and here."""
-        bare = torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta")
-        try:
-            names = method.for_site(site).init_tensors(replace(site, parameter=bare), torch.Generator())
-        except RuntimeError as error:
-            raise FileError(f"{method} makes no tensors for {site.name!r}: {error}") from None
-        return [Entry(f"{path}.{self.suffixes.get(name, name)}", name) for name in names if name not in self.drawn]
-
-    def draft(self, draft: PeftWriter) -> None:
-        """Write a file.
-
-        Raises:
-            AdaptError: for what the format cannot say.
-        """
-        sites = {name: draft.site(name) for name in draft.parts}
-        paths = Paths({site.module_name: 1 for site in sites.values()})
-        told: dict[str, dict[str, Any]] = {}
-        for name, site in sites.items():
-            if site.param_name != "weight" or not self.adapts(site.module):
-                raise AdaptError(
-                    f"PEFT's {self.method.__name__} adapts weights of {', '.join(self.hosts)}, and not {name!r} of a "
-                    f"{type(site.module).__name__}. Save it natively."
-                )
-            part = draft.parts[name]
-            for local in self.drawn:
-                if not torch.equal(draft.state[part.names[local]], redrawn(site, part.method)[local]):
-                    raise AdaptError(f"PEFT draws {part.names[local]!r} from its config, and these were drawn otherwise")
-            for key, value in self.tell(part.method).items():
-                told.setdefault(key, {})[site.module_name] = value
-            draft.put(part, self.entries(paths.outside(site.module_name), site, part.method))
-        draft.config |= self.known
-        for key, values in told.items():
-            pattern = self.patterns.get(key)
-            draft.config[key] = draft.pattern(pattern, values, self.exact) if pattern else one(key, list(values.values()))
-            unclear = [name for name, value in values.items() if pattern and self.lookup(draft.config, key, name) != value]
-            if unclear:
-                raise AdaptError(f"PEFT's {pattern} cannot tell {unclear[0]!r} from a name that ends so. Save it natively.")
-        if "fan_in_fan_out" in self.keys:
-            draft.config["fan_in_fan_out"] = any(is_a(site.module, HF_CONV1D) for site in sites.values())
-        draft.target([site.module_name for site in sites.values()])
-        self.beside(draft, paths, sites)
-        left = next(iter([*draft.biases, *draft.tokens]), None)
-        if left is not None:
-            raise AdaptError(f"PEFT's {self.method.__name__} has no place for the change of {left!r}. Save it natively.")
-        draft.save_whole(paths, takes_biases="bias" in self.keys)
-
-    def beside(self, draft: PeftWriter, paths: Paths, sites: Mapping[str, Site]) -> None:
-        """What more a method writes."""
+TARGETS: Config = {"exclude_modules": None, **LAYERS}
+RANKS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+HADA = ("use_effective_conv2d", "rank_dropout", "module_dropout")
+KRON = ("decompose_both", "decompose_factor", "rank_dropout_scale", *HADA)
+TRANSPOSED = ("Linear", "Conv1D")
+PLANES = ("Linear", "Conv2d")
 
 
-def kind_of(methods: Sequence[WeightMethod], kinds: Mapping[str, FileFormat]) -> str:
-    """The `peft_type` of an adapter with these methods.
+def _alpha(method: Any) -> float:
+    return plain_number(method.rank if method.alpha is None else method.alpha)
 
-    Raises:
-        AdaptError: if there is none.
-    """
-    main = [method for method in methods if not isinstance(method, (Full, Diff, TrainableTokens, ScaledBias))]
-    # A file of nothing but what others have beside them is of that kind.
-    alone = {type(method) for method in main or methods}
-    if alone and all(issubclass(kind, LoRA) for kind in alone):
-        return "LORA"
-    found = [name for name, kind in kinds.items() if alone == {kind.method}]
-    if not found:
-        names = ", ".join(sorted(kind.__name__ for kind in alone))
-        raise AdaptError(
-            f"a PEFT directory holds one method that PEFT has, and this adapter is of {names}. Save it natively "
-            "(gf.save_adapter), or merge() it and save the model."
-        )
-    return found[0]
+
+def _oft(method: OFT) -> Config:
+    if method.side != "input" or method.rescale:
+        raise AdaptError("PEFT's OFT turns inputs, and this one has side='output', as LyCORIS's. Save it natively.")
+    return {
+        "r": method.block_num or 0,
+        "oft_block_size": 0 if method.block_num else method.block_size,
+        "use_cayley_neumann": bool(method.neumann),
+        "num_cayley_neumann_terms": method.neumann or 5,
+        "coft": method.coft,
+        "eps": method.eps,
+        "block_share": method.block_share,
+        "module_dropout": method.dropout,
+    }
+
+
+def _miss(config: Config) -> MiSS:
+    mode: Any = config["init_weights"] if config["init_weights"] in ("mini", "bat") else "default"
+    return MiSS(config["r"], mode=mode, mini_rank=config["mini_r"], dropout=config["miss_dropout"])
+
+
+PEFT_FORMATS: dict[str, FileFormat] = {
+    "ADALORA": AdaLoRAFormat(
+        AdaLoRA,
+        {**LORA_KEYS, "beta1": 0.85, "beta2": 0.85, "deltaT": 1, "init_r": 12, "orth_reg_weight": 0.5, "rank_pattern": None,
+         "target_r": 8, "tfinal": 0, "tinit": 0, "total_step": 1},
+        lambda c: AdaLoRA(c["init_r"], alpha=c["lora_alpha"], dropout=c["lora_dropout"]),
+        lambda m: {"lora_dropout": m.dropout},
+        hosts=(*TRANSPOSED, "Conv2d"),
+        unsupported=(*UNSUPPORTED, "lora_bias", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora"),
+    ),
+    "BOFT": FileFormat(
+        BOFT,
+        {**TARGETS, "bias": "none", "boft_block_num": 0, "boft_block_size": 4, "boft_dropout": 0.0,
+         "boft_n_butterfly_factor": 1, "fan_in_fan_out": False, "init_weights": True},
+        lambda c: BOFT(
+            c["boft_block_size"] or 4, block_num=c["boft_block_num"] or None,
+            n_butterfly_factor=c["boft_n_butterfly_factor"], dropout=c["boft_dropout"],
+        ),
+        lambda m: {
+            "boft_block_size": 0 if m.block_num else m.block_size, "boft_block_num": m.block_num or 0,
+            "boft_n_butterfly_factor": m.n_butterfly_factor, "boft_dropout": m.dropout,
+        },
+        hosts=PLANES,
+    ),
+    "C3A": FileFormat(
+        C3A,
+        {**LAYERS, "bias": "none", "block_size": 256, "init_weights": "xavier_uniform"},
+        lambda c: C3A(c["block_size"]),
+        lambda m: {"block_size": m.block_size},
+        patterns={"block_size": "block_size_pattern"},
+        exact=True,
+    ),
+    "FOURIERFT": FileFormat(
+        FourierFT,
+        {**TARGETS, "bias": "none", "fan_in_fan_out": False, "init_weights": False, "n_frequency": 1000,
+         "random_loc_seed": 777, "scaling": 150.0},
+        lambda c: FourierFT(c["n_frequency"], scaling=c["scaling"], random_loc_seed=c["random_loc_seed"]),
+        lambda m: {"n_frequency": m.n_frequency, "scaling": m.scaling, "random_loc_seed": m.random_loc_seed},
+        patterns={"n_frequency": "n_frequency_pattern"},
+        exact=True,
+        hosts=TRANSPOSED,
+        drawn=("fourierft_indices",),
+    ),
+    "HIRA": HiRAFormat(
+        HiRA,
+        {**TARGETS, "fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True, "r": 32,
+         "rank_pattern": {}},
+        lambda c: HiRA(c["r"], dropout=c["hira_dropout"]),
+        lambda m: {"r": m.rank, "hira_dropout": m.dropout},
+        hosts=(*TRANSPOSED, "Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    ),
+    "HRA": FileFormat(
+        HRA,
+        {**TARGETS, "apply_GS": False, "bias": "none", "init_weights": True, "r": 8},
+        lambda c: HRA(c["r"], apply_gs=c["apply_GS"]),
+        lambda m: {"r": m.rank, "apply_GS": m.apply_gs},
+        hosts=PLANES,
+    ),
+    "IA3": IA3Format(
+        IA3,
+        {"exclude_modules": None, "fan_in_fan_out": False, "feedforward_modules": None, "init_ia3_weights": True},
+        lambda c: IA3(side=c["side"]),
+        lambda m: {},
+        hosts=(*TRANSPOSED, "Conv2d", "Conv3d"),
+    ),
+    "LN_TUNING": NormFormat(NormTuning, {"exclude_modules": None}, lambda c: NormTuning(), lambda m: {}),
+    "LOHA": FileFormat(
+        LoHa,
+        {**TARGETS, "alpha": 8, "init_weights": True, "module_dropout": 0.0, "r": 8, "rank_dropout": 0.0,
+         "use_effective_conv2d": False},
+        lambda c: LoHa(c["r"], alpha=c["alpha"], **{key: c[key] for key in HADA}),
+        lambda m: {"r": m.rank, "alpha": _alpha(m), **{key: getattr(m, key) for key in HADA}},
+        patterns=RANKS,
+        hosts=("Linear", "Conv1d", "Conv2d"),
+    ),
+    "LOKR": FileFormat(
+        LoKr,
+        {**TARGETS, "alpha": 8, "decompose_both": False, "decompose_factor": -1, "init_weights": True, "module_dropout": 0.0,
+         "r": 8, "rank_dropout": 0.0, "rank_dropout_scale": False, "use_effective_conv2d": False},
+        lambda c: LoKr(c["r"], alpha=c["alpha"], **{key: c[key] for key in KRON}),
+        lambda m: {"r": m.rank, "alpha": _alpha(m), **{key: getattr(m, key) for key in KRON}},
+        patterns=RANKS,
+        hosts=("Linear", "Conv1d", "Conv2d"),
+    ),
+    "MISS": FileFormat(
+        MiSS,
+        {**TARGETS, "bias": "none", "init_weights": True, "mini_r": 1, "miss_dropout": 0.0, "r": 64},
+        _miss,
+        lambda m: {"r": m.rank, "init_weights": True if m.mode == "default" else m.mode, "mini_r": m.mini_rank,
+                   "miss_dropout": m.dropout},
+    ),
+    "OFT": FileFormat(
+        OFT,
+        {**TARGETS, "bias": "none", "block_share": False, "coft": False, "eps": 6e-05, "fan_in_fan_out": False,
+         "init_weights": True, "module_dropout": 0.0, "num_cayley_neumann_terms": 5, "oft_block_size": 32, "r": 0,
+         "use_cayley_neumann": True},
+        lambda c: OFT(
+            c["oft_block_size"] or 32, block_num=c["r"] or None, coft=c["coft"], eps=c["eps"], block_share=c["block_share"],
+            neumann=c["num_cayley_neumann_terms"] if c["use_cayley_neumann"] else 0, dropout=c["module_dropout"],
+        ),
+        _oft,
+        suffixes={"oft_R": "oft_R.weight", "oft_embedding_R": "oft_embedding_R.weight"},
+        hosts=(*PLANES, "Embedding"),
+    ),
+    "SHIRA": FileFormat(
+        SHiRA,
+        {"fan_in_fan_out": False, "init_weights": True, "mask_type": "random", "r": 32, "random_seed": None},
+        lambda c: SHiRA(c["r"], random_seed=c["random_seed"]),
+        lambda m: {"r": m.rank, "random_seed": m.random_seed},
+    ),
+    "TRAINABLE_TOKENS": TokensFormat(
+        TrainableTokens,
+        {"init_weights": True, "token_indices": []},
+        lambda c: TrainableTokens(c["token_indices"]),
+        lambda m: {"token_indices": m.token_indices},
+        hosts=("Embedding",),
+    ),
+    "VERA": VeRAFormat(
+        VeRA,
+        {**LAYERS, "bias": "none", "d_initial": 0.1, "fan_in_fan_out": False, "init_weights": True, "projection_prng_key": 0,
+         "r": 256, "save_projection": True, "vera_dropout": 0.0},
+        lambda c: VeRA(
+            c["r"], projection_prng_key=c["projection_prng_key"], d_initial=c["d_initial"], dropout=c["vera_dropout"]
+        ),
+        lambda m: {"r": m.rank, "projection_prng_key": m.projection_prng_key, "d_initial": m.d_initial,
+                   "vera_dropout": m.dropout},
+        hosts=TRANSPOSED,
+    ),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tensors' names and shapes in a PEFT file, and in an adapter here."""
+"""The keys and shapes of tensors in a PEFT file, and their names and shapes here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def flipped(tensor: Tensor) -> Tensor:
+def transposed(tensor: Tensor) -> Tensor:
     """The transpose, in memory of its own."""
     return tensor.mT.contiguous()
 
@@ -37,14 +37,14 @@ def halved(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a PEFT file and where it belongs here.
+class FileTensor:
+    """One tensor of a PEFT file and the tensor here that it becomes.
 
     Attributes:
         key: its key in the file.
-        local: the method's own name of the tensor that it makes.
-        read: from the file's shape to ours.
-        write: from our shape to the file's.
+        local: the method's name of the tensor.
+        read: from the file's tensor to the method's.
+        write: from the method's tensor to the file's.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Entry:
 
 
 class Paths:
-    """Where PEFT's wrappers put things: each wrapper around a module adds a step `base_layer` to what is inside.
+    """The keys of modules in a file: each wrapper that PEFT puts around a module adds a step `base_layer`.
 
     Args:
         wrappers: module name -> how many wrappers PEFT puts around it.
@@ -77,19 +77,24 @@ class Paths:
         return self.outside(module_name) + ".base_layer" * self.wrappers.get(module_name, 0)
 
 
+def ties_embeddings(root: nn.Module) -> bool:
+    """Whether a transformers model's config ties its head to its embedding."""
+    return bool(getattr(getattr(root, "config", None), "tie_word_embeddings", False))
+
+
 def is_target(module: nn.Module) -> bool:
     """Whether PEFT's LoRA adapts such a module by its weight."""
     return isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS)) or is_a(module, HF_CONV1D)
 
 
 def by_module(site: Site) -> bool:
-    """Whether PEFT's LoRA reaches the parameter by naming its module; any other it reaches by naming the parameter."""
+    """Whether PEFT's LoRA targets the parameter by its module's name, and not by its own."""
     if isinstance(site.module, nn.MultiheadAttention):
         return site.param_name == "in_proj_weight"
     return is_target(site.module) and site.param_name == "weight"
 
 
-def lora_module(path: str, site: Site, twice: bool = False) -> list[Entry]:
+def lora_module(path: str, site: Site, twice: bool = False) -> list[FileTensor]:
     """The factors of a module's weight.
 
     Args:
@@ -101,36 +106,36 @@ def lora_module(path: str, site: Site, twice: bool = False) -> list[Entry]:
     if isinstance(site.module, nn.Embedding):
         # PEFT's product is that of the transposed table.
         return [
-            Entry(f"{path}.lora_embedding_A", "lora_B", flipped, flipped),
-            Entry(f"{path}.lora_embedding_B", "lora_A", flipped, flipped),
+            FileTensor(f"{path}.lora_embedding_A", "lora_B", transposed, transposed),
+            FileTensor(f"{path}.lora_embedding_B", "lora_A", transposed, transposed),
         ]
     b = (doubled, halved) if twice else (same, same)
-    return [Entry(f"{path}.lora_A.weight", "lora_A"), Entry(f"{path}.lora_B.weight", "lora_B", *b)]
+    return [FileTensor(f"{path}.lora_A.weight", "lora_A"), FileTensor(f"{path}.lora_B.weight", "lora_B", *b)]
 
 
-def lora_parameter(path: str, site: Site) -> list[Entry]:
-    """The factors of a parameter that is named itself: a matrix, or a stack of them, one for each expert.
+def lora_parameter(path: str, site: Site) -> list[FileTensor]:
+    """The factors of a parameter that is targeted by its own name: a matrix, or a stack of them, one for each expert.
 
-    PEFT flattens a stack's ranks into one axis, A's with the expert in front, B's with the rank in front.
+    PEFT flattens the experts and the ranks into one axis, in A with the expert first, in B with the rank first.
     """
     a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
     if site.parameter.ndim == 2:
         if is_a(site.module, HF_CONV1D):
-            return [Entry(a, "lora_B", flipped, flipped), Entry(b, "lora_A", flipped, flipped)]
-        return [Entry(a, "lora_A"), Entry(b, "lora_B")]
+            return [FileTensor(a, "lora_B", transposed, transposed), FileTensor(b, "lora_A", transposed, transposed)]
+        return [FileTensor(a, "lora_A"), FileTensor(b, "lora_B")]
     experts = site.parameter.shape[0]
     if getattr(site.module, "is_transposed", False):
         return [
-            Entry(a, "lora_B", *_patterns("(e r) i", "e i r", experts)),
-            Entry(b, "lora_A", *_patterns("o (r e)", "e r o", experts)),
+            FileTensor(a, "lora_B", *_rearrangements("(e r) i", "e i r", experts)),
+            FileTensor(b, "lora_A", *_rearrangements("o (r e)", "e r o", experts)),
         ]
     return [
-        Entry(a, "lora_A", *_patterns("(e r) i", "e r i", experts)),
-        Entry(b, "lora_B", *_patterns("o (r e)", "e o r", experts)),
+        FileTensor(a, "lora_A", *_rearrangements("(e r) i", "e r i", experts)),
+        FileTensor(b, "lora_B", *_rearrangements("o (r e)", "e o r", experts)),
     ]
 
 
-def _patterns(theirs: str, ours: str, experts: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _rearrangements(theirs: str, ours: str, experts: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     return (
         partial(rearrange, pattern=f"{theirs} -> {ours}", e=experts),
         partial(rearrange, pattern=f"{ours} -> {theirs}"),

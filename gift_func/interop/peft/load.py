@@ -8,17 +8,19 @@ from collections.abc import Collection
 from pathlib import Path
 
 from einops import EinopsError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ... import safetensors_io
 from ...adapt import base_of, readapt
 from ...adapted_model import AdaptedModel
 from ...errors import AdaptError, FileError, StateError
-from ...network.frozen_base import BaseView, FrozenBase
+from ...network.base_view import BaseView
+from ...network.frozen_base import FrozenBase
+from ..strategy_of import strategy_of
 from . import config as configs
-from .lora import plan_lora
+from .formats import PEFT_FORMATS
+from .lora import read_lora_file
 from .reader import PeftReader
-from .table import KINDS
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -31,20 +33,20 @@ def load(
 ) -> AdaptedModel:
     """Read an adapter that PEFT saved, or `save` did, onto a model. PEFT is not needed, and nothing is unpickled.
 
-    Every tensor of the file must have its place in the model, and every place that the config names must have its tensors,
-    so an adapter of another model is refused and not half read.
+    Every tensor of the file must belong to the model, and every module that the config targets must have its tensors, so an
+    adapter of another model is refused as a whole.
 
     Args:
-        model: the model the adapter was made for; it is not touched.
+        model: the model the adapter was made for; it is not changed.
         directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
-        ignore: keys of the config to pass over, where a file has some that are not known here and change nothing.
+        ignore: keys of the config to leave out: those that are not known here and change nothing.
 
     Returns:
-        The adapted model, in the training mode of `model`; what the file holds is trainable.
+        The adapted model, in the training mode of `model`; the file's tensors are trainable.
 
     Raises:
-        FileError: if a file is missing, damaged or a pickle; if the config asks for what is not supported, by its key; if
-            the tensors do not fit the config or the model. Nothing was changed then.
+        FileError: if a file is missing, damaged or a pickle; if a key of the config is not supported, naming it; if the
+            tensors do not fit the config or the model.
 
     Example:
         >>> import torch, gift_func as gf, tempfile
@@ -55,22 +57,22 @@ def load(
         ['1.lora_B', '1.lora_A']
     """
     folder = Path(directory)
-    config = configs.read(folder)
-    kind = config["peft_type"].upper()
-    if kind != "LORA" and kind not in KINDS:
+    config = configs.read_config(folder)
+    peft_type = config["peft_type"].upper()
+    if peft_type != "LORA" and peft_type not in PEFT_FORMATS:
         raise FileError(
-            f"{folder / configs.FILE} is of peft_type {kind!r}; supported are {', '.join(['LORA', *sorted(KINDS)])}"
+            f"{folder / configs.FILE} is of peft_type {peft_type!r}; supported are {', '.join(['LORA', *sorted(PEFT_FORMATS)])}"
         )
     tensors = read_tensors(folder)
     base = base_of(model)
     try:
-        plan = PeftReader(base, tensors)
-        if kind == "LORA":
-            plan_lora(plan, config, ignore)
+        reader = PeftReader(base, tensors)
+        if peft_type == "LORA":
+            read_lora_file(reader, config, ignore)
         else:
-            KINDS[kind].plan(plan, config, ignore)
-        plan.finish()
-        return readapt(base, plan.strategy(), plan.state)
+            PEFT_FORMATS[peft_type].read_file(reader, config, ignore)
+        reader.check()
+        return readapt(base, strategy_of(reader.methods), reader.state)
     except (AdaptError, StateError, EinopsError, re.error) as error:
         raise FileError(f"{folder} does not fit the model: {error}") from None
 
@@ -82,15 +84,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         FileError: if it is missing, damaged, or a pickle.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise FileError(
-                f"{folder} holds its weights as a pickle, adapter_model.bin, which is not read: loading one can run any "
-                "code. Convert it where you trust it: load it with PEFT and call save_pretrained."
-            )
-        raise FileError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or is no safetensors file: {error}") from None
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise FileError(
+            f"{folder} holds its weights as a pickle, adapter_model.bin, which is not read: loading one can run any code. "
+            "Convert it where you trust it: load it with PEFT and call save_pretrained."
+        )
+    return safetensors_io.read(path)[0]

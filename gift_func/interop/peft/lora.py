@@ -1,4 +1,4 @@
-"""PEFT's LoRA: from a config to the places of a model, and back."""
+"""The file format of PEFT's LoRA: how a file is read and written."""
 
 from __future__ import annotations
 
@@ -10,62 +10,63 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...adapter import AdaptedParameter
 from ...errors import AdaptError, FileError
 from ...methods import Diff, DoRA, LoRA, MixingLoRA, TrainableTokens
+from ...methods.lora_init import RESIDUAL
 from ...methods.matrix import CONVOLUTIONS, HF_CONV1D
 from ...methods.method import is_a
 from ...methods.options import first_match
-from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
 from .config import Config
-from .keys import PREFIX, Entry, Paths, by_module, is_target, lora_module, lora_parameter
+from .keys import PREFIX, FileTensor, Paths, by_module, is_target, lora_module, lora_parameter, ties_embeddings
 from .reader import PeftReader
-from .writer import PeftWriter, number, one, zeros
+from .writer import PeftWriter, plain_number, shared_value, zero_factor
 
 MAGNITUDE = "lora_magnitude_vector"
 RESIDUES = ("lora_A0", "lora_B0")
 
 
-def plan_lora(plan: PeftReader, given: Config, ignore: Collection[str]) -> None:
+def read_lora_file(reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
     """Read a LoRA file.
 
     Raises:
         FileError: for what is not supported, or does not fit.
     """
-    config = configs.complete(given, configs.LORA | dict.fromkeys(configs.TIED), ignore, configs.UNSUPPORTED)
+    config = configs.complete(given, configs.LORA_KEYS | dict.fromkeys(configs.TIED), ignore, configs.UNSUPPORTED)
     configs.check_lora(config)
-    config = configs.resolved(config, plan.base.structure.module)
+    config = configs.resolved(config, reader.base.tree.module)
     if not config["target_modules"] and not config["target_parameters"]:
         raise FileError(f"{configs.FILE} has neither target_modules nor target_parameters")
-    modules = [name for name in plan.modules if name and configs.targets(config, name)]
-    if config["ensure_weight_tying"]:  # PEFT adapts the other places of a tied weight along, named or not
-        places = [site.module_name for name in modules for site in plan.groups.get(f"{name}.weight", [])]
+    modules = [name for name in reader.modules if name and configs.targets(config, name)]
+    if config["ensure_weight_tying"]:  # PEFT also adapts the other modules with a tied weight, targeted or not
+        places = [site.module_name for name in modules for site in reader.groups.get(f"{name}.weight", [])]
         modules = list(dict.fromkeys([*modules, *places]))
-    parameters = _parameters(plan, config)
-    paths = Paths(_wrappers(plan, modules, parameters))
+    parameters = _targeted_parameters(reader, config)
+    paths = Paths(_wrappers(reader, modules, parameters))
     for name in modules:
-        _module(plan, config, paths, name)
+        _read_module(reader, config, paths, name)
     for name, params in parameters.items():
         for depth, param_name in enumerate(reversed(params)):
-            # The parameter that was registered first is wrapped first, and so lies deepest.
+            # The parameter that was registered first is wrapped first, so its wrapper is the innermost.
             path = paths.outside(name) + ".base_layer" * depth
-            site = plan.site(name, param_name)
+            site = reader.site(name, param_name)
             if site.parameter.ndim not in (2, 3) or isinstance(site.module, CONVOLUTIONS):
                 raise FileError(f"target_parameters names {site.name!r}, which is neither a matrix nor a stack of them")
             if config["use_dora"]:
                 raise FileError(f"use_dora on {site.name!r}, a parameter targeted by name, for which PEFT has no format")
-            plan.place(site, _method(config, site.name), lora_parameter(path, site))
-    _tokens(plan, config, paths)
-    plan.save_modules(config["modules_to_save"] or (), paths, bool(config["ensure_weight_tying"]))
+            reader.place(site, _method_of(config, site.name), lora_parameter(path, site))
+    _read_tokens(reader, config, paths)
+    reader.save_modules(config["modules_to_save"] or (), paths, bool(config["ensure_weight_tying"]))
     if config["bias"] != "none":
-        plan.biases(paths)
-    plan.base_weights(paths)
+        reader.biases(paths)
+    reader.base_weights(paths)
 
 
-def _method(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
+def _method_of(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
     init: Any = config["init_lora_weights"]
-    residual = isinstance(init, str) and init.startswith(configs.RESIDUAL)
+    residual = isinstance(init, str) and init.startswith(RESIDUAL)
     if residual and not (isinstance(module, nn.Linear) or (module is not None and is_a(module, HF_CONV1D))):
         raise FileError(f"init_lora_weights={init!r} on {key!r}, which PEFT has for linear layers only")
     kind: type[LoRA] = DoRA if config["use_dora"] else LoRA
@@ -82,11 +83,11 @@ def _method(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
     )
 
 
-def _parameters(plan: PeftReader, config: Config) -> dict[str, list[str]]:
+def _targeted_parameters(reader: PeftReader, config: Config) -> dict[str, list[str]]:
     """The parameters that are targeted by name, by module, in the order of their registration."""
     wanted = config["target_parameters"] or ()
     found = {}
-    for name, module in plan.modules.items():
+    for name, module in reader.modules.items():
         params = [
             param
             for param, value in module._parameters.items()
@@ -97,79 +98,79 @@ def _parameters(plan: PeftReader, config: Config) -> dict[str, list[str]]:
     return found
 
 
-def _wrappers(plan: PeftReader, modules: Collection[str], parameters: dict[str, list[str]]) -> dict[str, int]:
+def _wrappers(reader: PeftReader, modules: Collection[str], parameters: dict[str, list[str]]) -> dict[str, int]:
     wrappers = {name: len(params) for name, params in parameters.items()}
     for name in modules:
         if name in wrappers:
             raise FileError(f"{name!r} is targeted as a module and by {parameters[name][0]!r}, a parameter of it")
         wrappers[name] = 1
-        if isinstance(plan.modules[name], nn.MultiheadAttention):
+        if isinstance(reader.modules[name], nn.MultiheadAttention):
             wrappers[f"{name}.out_proj"] = 1
     return wrappers
 
 
-def _module(plan: PeftReader, config: Config, paths: Paths, name: str) -> None:
-    module, method = plan.modules[name], _method(config, name, plan.modules[name])
+def _read_module(reader: PeftReader, config: Config, paths: Paths, name: str) -> None:
+    module, method = reader.modules[name], _method_of(config, name, reader.modules[name])
     if not is_target(module):
         raise FileError(f"the config targets {name!r}, a {type(module).__name__}, which LoRA cannot adapt as a module")
-    sites = [plan.site(name, "weight")] if not isinstance(module, nn.MultiheadAttention) else []
+    sites = [reader.site(name, "weight")] if not isinstance(module, nn.MultiheadAttention) else []
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
             raise FileError(f"the config targets {name!r}, whose query, key and value differ in size: PEFT has no such format")
-        sites = [plan.site(name, "in_proj_weight"), plan.site(f"{name}.out_proj", "weight")]
+        sites = [reader.site(name, "in_proj_weight"), reader.site(f"{name}.out_proj", "weight")]
     for site in sites:
         path = paths.outside(site.module_name)
         if isinstance(method, DoRA) and isinstance(module, nn.MultiheadAttention):
             raise FileError(f"use_dora on {name!r}, a MultiheadAttention, for which PEFT has no format")
-        entries = lora_module(path, site, twice=site.module_name != name)
-        entries += [Entry(f"{path}.{MAGNITUDE}", MAGNITUDE)] if isinstance(method, DoRA) else []
-        group = plan.groups[site.name]
-        if config["ensure_weight_tying"] and group[0].name in plan.methods:
-            plan.same_again(site, entries)
+        file_tensors = lora_module(path, site, twice=site.module_name != name)
+        file_tensors += [FileTensor(f"{path}.{MAGNITUDE}", MAGNITUDE)] if isinstance(method, DoRA) else []
+        group = reader.groups[site.name]
+        if config["ensure_weight_tying"] and group[0].name in reader.methods:
+            reader.check_tied(site, file_tensors)
             continue
-        plan.place(site, method, entries, tied=bool(config["ensure_weight_tying"]))
-        plan.draw(site, method, RESIDUES if method.init.startswith(configs.RESIDUAL) else ())
+        reader.place(site, method, file_tensors, tied=bool(config["ensure_weight_tying"]))
+        reader.draw(site, method, RESIDUES if method.init.startswith(RESIDUAL) else ())
         if config["lora_bias"]:
-            _bias(plan, path, site.module_name, method)
+            _lora_bias(reader, path, site.module_name, method)
 
 
-def _bias(plan: PeftReader, path: str, name: str, method: LoRA) -> None:
-    module = plan.modules[name]
+def _lora_bias(reader: PeftReader, path: str, name: str, method: LoRA) -> None:
+    module = reader.modules[name]
     if module._parameters.get("bias") is None:
         raise FileError(f"lora_bias adds a bias to {name!r}, a {type(module).__name__}, which has none to add it to")
-    plan.place(plan.site(name, "bias"), Diff(scale=method.scale), [Entry(f"{path}.lora_B.bias", "diff")])
+    reader.place(reader.site(name, "bias"), Diff(scale=method.scale), [FileTensor(f"{path}.lora_B.bias", "diff")])
 
 
-def _tokens(plan: PeftReader, config: Config, paths: Paths) -> None:
-    """Read the rows of embeddings that were trained along (`trainable_token_indices`)."""
+def _read_tokens(reader: PeftReader, config: Config, paths: Paths) -> None:
+    """Read the rows of embeddings that were trained too (`trainable_token_indices`)."""
     wanted = config["trainable_token_indices"]
     if not wanted:
         return
-    root = plan.base.structure.module
+    root = reader.base.tree.module
     if not isinstance(wanted, dict):
         embedding = getattr(root, "get_input_embeddings", lambda: None)()
-        name = next((name for name, module in plan.modules.items() if module is embedding), "embed_tokens")
+        name = next((name for name, module in reader.modules.items() if module is embedding), "embed_tokens")
         wanted = {name: wanted}
-    ties = getattr(getattr(root, "config", None), "tie_word_embeddings", False)
     for end, tokens in wanted.items():
-        for name in [name for name in plan.modules if name and name.endswith(end)]:
-            if not isinstance(plan.modules[name], nn.Embedding) or not isinstance(tokens, list):
-                raise FileError(f"trainable_token_indices wants {tokens!r} of {name!r}, a {type(plan.modules[name]).__name__}")
-            key = f"{paths.outside(name)}.token_adapter.trainable_tokens_delta"
-            plan.place(plan.site(name, "weight"), TrainableTokens(tokens), [Entry(key, "trainable_tokens_delta")], tied=ties)
+        for name in [name for name in reader.modules if name and name.endswith(end)]:
+            module = reader.modules[name]
+            if not isinstance(module, nn.Embedding) or not isinstance(tokens, list):
+                raise FileError(f"trainable_token_indices wants {tokens!r} of {name!r}, a {type(module).__name__}")
+            file_tensors = [FileTensor(f"{paths.outside(name)}.token_adapter.trainable_tokens_delta", "trainable_tokens_delta")]
+            reader.place(reader.site(name, "weight"), TrainableTokens(tokens), file_tensors, tied=ties_embeddings(root))
 
 
-def draft_lora(draft: PeftWriter) -> None:
+def write_lora_file(writer: PeftWriter) -> None:
     """Write a LoRA file.
 
     Raises:
-        AdaptError: for what the format cannot say.
+        AdaptError: for what the format cannot express.
     """
-    for part in list(draft.parts.values()):
-        _without_residue(draft, part)
-    methods = {name: part.method for name, part in draft.parts.items() if isinstance(part.method, LoRA)}
-    sites = {name: draft.site(name, tied=draft.ties(name)) for name in methods}
-    owners = {name: _owner(draft, sites[name].module_name) for name in methods if _is_by_module(draft, sites[name])}
+    for part in list(writer.parts.values()):
+        _without_residue(writer, part)
+    methods = {name: part.method for name, part in writer.parts.items() if isinstance(part.method, LoRA)}
+    sites = {name: writer.site(name, tied=writer.can_stay_tied(name)) for name in methods}
+    owners = {name: _owner(writer, sites[name].module_name) for name in methods if _is_by_module(writer, sites[name])}
     parameters: dict[str, list[str]] = {}
     for name, site in sites.items():
         if name not in owners:
@@ -180,14 +181,14 @@ def draft_lora(draft: PeftWriter) -> None:
     for name, site in sites.items():
         if name in owners:
             wrappers |= {site.module_name: 1, owners[name]: 1}
-            if isinstance(draft.modules[owners[name]], nn.MultiheadAttention):
+            if isinstance(writer.modules[owners[name]], nn.MultiheadAttention):
                 wrappers[f"{owners[name]}.out_proj"] = 1
     paths = Paths(wrappers)
-    dora = one("use_dora", [isinstance(method, DoRA) for method in methods.values()])
-    if dora and (parameters or any(isinstance(draft.modules[owner], nn.MultiheadAttention) for owner in owners.values())):
+    dora = shared_value("use_dora", [isinstance(method, DoRA) for method in methods.values()])
+    if dora and (parameters or any(isinstance(writer.modules[owner], nn.MultiheadAttention) for owner in owners.values())):
         raise AdaptError("PEFT has no DoRA for nn.MultiheadAttention nor for parameters that it targets by name")
-    draft.config |= {**configs.LORA, "use_dora": dora}
-    _numbers(draft, {owners.get(name, name): [] for name in methods}, owners, methods, bool(parameters))
+    writer.config |= {**configs.LORA_KEYS, "use_dora": dora}
+    _write_numbers(writer, {owners.get(name, name): [] for name in methods}, owners, methods, bool(parameters))
     for name, site in sites.items():
         if methods[name].layout == "balanced":
             raise AdaptError(f"PEFT factors the kernel {name!r} as conv='kernel' does, and not as conv='balanced'")
@@ -195,117 +196,117 @@ def draft_lora(draft: PeftWriter) -> None:
             raise AdaptError(f"PEFT's change of the grouped {name!r} mixes its groups, as gf.MixingLoRA's does")
         path = paths.outside(site.module_name)
         if name in owners:
-            entries = lora_module(path, site, twice=owners[name] != site.module_name)
-            draft.put(draft.parts[name], entries + ([Entry(f"{path}.{MAGNITUDE}", MAGNITUDE)] if dora else []))
+            file_tensors = lora_module(path, site, twice=owners[name] != site.module_name)
+            file_tensors += [FileTensor(f"{path}.{MAGNITUDE}", MAGNITUDE)] if dora else []
+            writer.write_tensors(writer.parts[name], file_tensors)
             continue
         params = [param for param in site.module._parameters if param in parameters[site.module_name]]
         path += ".base_layer" * (len(params) - 1 - params.index(site.param_name))
-        draft.put(draft.parts[name], lora_parameter(path, site))
-    _attention(draft, paths, owners, methods)
-    _tied(draft, owners, methods)
-    draft.target(set(owners.values()))
-    draft.config["target_parameters"] = [name for name in sites if name not in owners] or None
-    draft.config["fan_in_fan_out"] = any(method.layout == "transposed" for method in methods.values())
-    _draft_biases(draft, paths, methods)
-    for name, part in draft.tokens.items():
-        tied = bool(getattr(getattr(draft.root, "config", None), "tie_word_embeddings", False))
-        site, method = draft.site(name, tied), part.method
+        writer.write_tensors(writer.parts[name], lora_parameter(path, site))
+    _write_attention(writer, paths, owners, methods)
+    _write_tied(writer, owners, methods)
+    writer.set_targets(list(dict.fromkeys(owners.values())))
+    writer.config["target_parameters"] = [name for name in sites if name not in owners] or None
+    writer.config["fan_in_fan_out"] = any(method.layout == "transposed" for method in methods.values())
+    _write_biases(writer, paths, methods)
+    for name, part in writer.tokens.items():
+        site, method = writer.site(name, ties_embeddings(writer.root)), part.method
         assert isinstance(method, TrainableTokens)
         key = f"{paths.outside(site.module_name)}.token_adapter.trainable_tokens_delta"
-        draft.put(part, [Entry(key, "trainable_tokens_delta")])
-        indices = draft.config["trainable_token_indices"] or {}
-        draft.config["trainable_token_indices"] = {**indices, site.module_name: list(method.token_indices)}
-    draft.save_whole(paths, takes_biases=True)
+        writer.write_tensors(part, [FileTensor(key, "trainable_tokens_delta")])
+        indices = writer.config["trainable_token_indices"] or {}
+        writer.config["trainable_token_indices"] = {**indices, site.module_name: list(method.token_indices)}
+    writer.save_whole(paths, takes_biases=True)
 
 
-def _without_residue(draft: PeftWriter, part: AdaptedParameter) -> None:
-    """Write `s·(B·A − B₀·A₀)` as one product of twice the rank, which needs nothing taken out of the base."""
+def _without_residue(writer: PeftWriter, part: AdaptedParameter) -> None:
+    """Replace `s·(B·A − B₀·A₀)` by one product of twice the rank, which needs no change of the base's weight."""
     method = part.method
     if not isinstance(method, LoRA) or RESIDUES[0] not in part.names:
         return
-    a, b, a0, b0 = (draft.state[part.names[name]] for name in ("lora_A", "lora_B", *RESIDUES))
+    a, b, a0, b0 = (writer.state[part.names[name]] for name in ("lora_A", "lora_B", *RESIDUES))
     rank = -1 if method.layout in ("matrix", "transposed", "stacked") else 1
-    draft.state[part.names["lora_A"]] = torch.cat([a, a0], dim=-2 if rank == -1 else 0)
-    draft.state[part.names["lora_B"]] = torch.cat([b, -b0], dim=rank)
+    writer.state[part.names["lora_A"]] = torch.cat([a, a0], dim=-2 if rank == -1 else 0)
+    writer.state[part.names["lora_B"]] = torch.cat([b, -b0], dim=rank)
     alpha = method.scale * (sqrt(2 * method.rank) if method.rslora else 2 * method.rank)
     names = {local: name for local, name in part.names.items() if local not in RESIDUES}
     plain = method.replace(rank=2 * method.rank, alpha=alpha, init="kaiming")
-    draft.parts[part.name] = replace(part, method=plain, names=names)
+    writer.parts[part.name] = replace(part, method=plain, names=names)
 
 
-def _owner(draft: PeftWriter, module_name: str) -> str:
+def _owner(writer: PeftWriter, module_name: str) -> str:
     """The module that PEFT wraps to adapt this one's weight."""
     above = module_name.rpartition(".")[0]
-    inside = isinstance(draft.modules.get(above), nn.MultiheadAttention) and module_name.endswith(".out_proj")
+    inside = isinstance(writer.modules.get(above), nn.MultiheadAttention) and module_name.endswith(".out_proj")
     return above if inside and above else module_name
 
 
-def _is_by_module(draft: PeftWriter, site: Site) -> bool:
-    owner = draft.modules[_owner(draft, site.module_name)]
+def _is_by_module(writer: PeftWriter, site: Site) -> bool:
+    owner = writer.modules[_owner(writer, site.module_name)]
     if isinstance(owner, nn.MultiheadAttention) and owner.in_proj_weight is None:
         raise AdaptError(f"PEFT has no place for {site.name!r}: query, key and value of its attention differ in size")
     return by_module(site)
 
 
-def _numbers(
-    draft: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
+def _write_numbers(
+    writer: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
 ) -> None:
-    """Ranks, alphas and the rest; a module that PEFT adapts as one has one rank."""
+    """Write ranks, alphas, dropout and `use_rslora`; a module that PEFT adapts as one has one rank."""
     for name, method in methods.items():
         places[owners.get(name, name)].append(method)
     rslora = all(method.rslora for method in methods.values())
-    ranks = {place: one(f"rank for {place!r}", [m.rank for m in found]) for place, found in places.items()}
-    scales = {place: one(f"scale for {place!r}", [m.scale for m in found]) for place, found in places.items()}
+    ranks = {place: shared_value(f"rank for {place!r}", [m.rank for m in found]) for place, found in places.items()}
+    scales = {place: shared_value(f"scale for {place!r}", [m.scale for m in found]) for place, found in places.items()}
     alphas = {}
     for place, found in places.items():
         exact = found[0].rslora == rslora
         alpha = found[0].rank if found[0].alpha is None else found[0].alpha
-        alphas[place] = number(alpha if exact else scales[place] * ranks[place])
-    dropout = one("dropout", [method.dropout for method in methods.values()])
+        alphas[place] = plain_number(alpha if exact else scales[place] * ranks[place])
+    dropout = shared_value("dropout", [method.dropout for method in methods.values()])
     if dropout and parameters:
         raise AdaptError("PEFT has no dropout where parameters are targeted by name (target_parameters). Save it natively.")
-    draft.config |= {"use_rslora": rslora, "lora_dropout": dropout}
-    draft.config["r"] = draft.pattern("rank_pattern", ranks)
-    draft.config["lora_alpha"] = draft.pattern("alpha_pattern", alphas)
+    writer.config |= {"use_rslora": rslora, "lora_dropout": dropout}
+    writer.config["r"] = writer.set_pattern("rank_pattern", ranks)
+    writer.config["lora_alpha"] = writer.set_pattern("alpha_pattern", alphas)
 
 
-def _attention(draft: PeftWriter, paths: Paths, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
-    """PEFT adapts both projections of an attention: one that was left out gets a change of zero."""
+def _write_attention(writer: PeftWriter, paths: Paths, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
+    """Write a change of zero for a projection that is not adapted, as PEFT adapts both projections of an attention."""
     for name, owner in owners.items():
-        module = draft.modules[owner]
+        module = writer.modules[owner]
         if not isinstance(module, nn.MultiheadAttention):
             continue
         for missing in (f"{owner}.in_proj_weight", f"{owner}.out_proj.weight"):
             if missing not in owners:
-                site = draft.groups[missing][0]
+                site = writer.groups[missing][0]
                 a, b = lora_module(paths.outside(site.module_name), site)
                 rows, columns = site.parameter.shape
-                draft.tensors[a.key] = zeros(site.parameter, methods[name].rank, columns)
-                draft.tensors[b.key] = zeros(site.parameter, rows, methods[name].rank)
+                writer.tensors[a.key] = zero_factor(site.parameter, methods[name].rank, columns)
+                writer.tensors[b.key] = zero_factor(site.parameter, rows, methods[name].rank)
 
 
-def _tied(draft: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
-    """PEFT writes a tied weight's factors for each of its places."""
-    for name in [name for name in owners if len(draft.groups[name]) > 1]:
+def _write_tied(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) -> None:
+    """Write a tied weight's factors for each module that has it, as PEFT does."""
+    for name in [name for name in owners if len(writer.groups[name]) > 1]:
         if isinstance(methods[name], DoRA):
             raise AdaptError(f"PEFT does not keep a DoRA of the tied {name!r} tied. Save it natively.")
-        for site in draft.groups[name][1:]:
-            draft.put(draft.parts[name], lora_module(PREFIX + site.module_name, site))
+        for site in writer.groups[name][1:]:
+            writer.write_tensors(writer.parts[name], lora_module(PREFIX + site.module_name, site))
             owners[site.name] = site.module_name
-        draft.config["ensure_weight_tying"] = True
+        writer.config["ensure_weight_tying"] = True
 
 
-def _draft_biases(draft: PeftWriter, paths: Paths, methods: dict[str, LoRA]) -> None:
-    """Changes of biases, where every adapted module has one and its scale is the module's."""
-    if not draft.biases:
+def _write_biases(writer: PeftWriter, paths: Paths, methods: dict[str, LoRA]) -> None:
+    """Write the changes of biases; every adapted module must have one, with the scale of its LoRA."""
+    if not writer.biases:
         return
     for name, method in methods.items():
-        module_name = draft.site(name).module_name
-        part = draft.biases.get(f"{module_name}.bias")
+        module_name = writer.site(name).module_name
+        part = writer.biases.get(f"{module_name}.bias")
         if part is None or not isinstance(part.method, Diff) or part.method.scale != method.scale:
             raise AdaptError(f"PEFT's lora_bias wants a gf.Diff of the LoRA's own scale for the bias of {module_name!r}")
-        draft.put(part, [Entry(f"{paths.outside(module_name)}.lora_B.bias", "diff")])
-    strange = draft.biases.keys() - {f"{draft.site(name).module_name}.bias" for name in methods}
+        writer.write_tensors(part, [FileTensor(f"{paths.outside(module_name)}.lora_B.bias", "diff")])
+    strange = writer.biases.keys() - {f"{writer.site(name).module_name}.bias" for name in methods}
     if strange:
         raise AdaptError(f"PEFT has no place for the change of {sorted(strange)[0]!r}. Save it natively.")
-    draft.config["lora_bias"] = True
+    writer.config["lora_bias"] = True

@@ -1,8 +1,7 @@
-"""What a file's tensors become: rules for parameters, and the adapter's state."""
+"""What a PEFT file's tensors become: a method for each parameter, and the adapter's state."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,24 +13,24 @@ from ...errors import FileError, nearest
 from ...methods import Full, WeightMethod
 from ...network.frozen_base import FrozenBase
 from ...network.module_tree import join
-from ...select import Regex, Site
-from ...strategy import Placement, Strategy
-from .keys import Entry, Paths
+from ...select import Site
+from ...strategy import Placement
+from .keys import FileTensor, Paths
 
 
 class PeftReader:
-    """Takes tensors out of a file and puts them in their places, until none is left.
+    """Turns a file's tensors into methods, by parameter, and an adapter's state; what nothing reads remains.
 
     Args:
-        base: the base they are for.
+        base: the base that they adapt.
         tensors: the file's.
     """
 
     def __init__(self, base: FrozenBase, tensors: dict[str, Tensor]) -> None:
         self.base = base
-        self.modules = base.structure.modules
+        self.modules = base.tree.modules
         self.groups = {site.name: group for group in base.sites() for site in group}
-        self.left = dict(tensors)
+        self.remaining = dict(tensors)
         self.state: dict[str, Tensor] = {}
         self.methods: dict[str, WeightMethod] = {}
 
@@ -41,26 +40,26 @@ class PeftReader:
         return next(site for site in self.groups[name] if site.name == name)
 
     def take(self, key: str) -> Tensor:
-        """A tensor of the file, which is then taken.
+        """Remove a tensor of the file, and return it.
 
         Raises:
             FileError: if it is not there.
         """
-        if key not in self.left:
-            raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.left)}")
-        return self.left.pop(key)
+        if key not in self.remaining:
+            raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.remaining)}")
+        return self.remaining.pop(key)
 
-    def place(self, site: Site, method: WeightMethod, entries: Sequence[Entry], tied: bool = False) -> None:
-        """Adapt a parameter by tensors of the file.
+    def place(self, site: Site, method: WeightMethod, file_tensors: Sequence[FileTensor], tied: bool = False) -> None:
+        """Set the method of a parameter and its tensors.
 
         Args:
             site: the parameter.
-            method: how.
-            entries: its tensors.
-            tied: whether the other places of a tied parameter are to follow, as they do here.
+            method: how it is adapted.
+            file_tensors: its tensors.
+            tied: whether the file means a tied parameter in all modules that have it.
 
         Raises:
-            FileError: if a tensor is missing, or the parameter is tied and is not to be.
+            FileError: if a tensor is missing, or the file means one module of several with a tied parameter.
         """
         group = self.groups[site.name]
         if len(group) > 1 and not tied:
@@ -72,37 +71,37 @@ class PeftReader:
         name = group[0].name
         if name in self.methods:
             raise FileError(f"the config adapts {name!r} twice, by {self.methods[name]} and by {method}")
-        found = {entry.local: entry.read(self.take(entry.key)) for entry in entries}
+        found = {file_tensor.local: file_tensor.read(self.take(file_tensor.key)) for file_tensor in file_tensors}
         method = with_dtype(method, site.parameter.dtype, found)
         self.methods[name] = method
         placement = Placement(name, site, method, method)
         for local, tensor in found.items():
             self.state[placement.full_name(local)] = tensor
 
-    def same_again(self, site: Site, entries: Sequence[Entry]) -> None:
-        """Take the tensors that PEFT writes once more for another place of a tied parameter.
+    def check_tied(self, site: Site, file_tensors: Sequence[FileTensor]) -> None:
+        """Remove the tensors that PEFT writes again for another module with a tied parameter.
 
         Args:
-            site: the other place.
-            entries: its tensors.
+            site: the parameter in the other module.
+            file_tensors: its tensors.
 
         Raises:
-            FileError: if they are not those of the first place.
+            FileError: if they differ from those of the first module.
         """
         name = self.groups[site.name][0].name
         placement = Placement(name, site, self.methods[name], self.methods[name])
-        for entry in entries:
-            found, first = entry.read(self.take(entry.key)), self.state[placement.full_name(entry.local)]
+        for file_tensor in file_tensors:
+            found, first = file_tensor.read(self.take(file_tensor.key)), self.state[placement.full_name(file_tensor.local)]
             if found.shape != first.shape or not torch.equal(found, first):
-                raise FileError(f"{entry.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
+                raise FileError(f"{file_tensor.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
 
     def draw(self, site: Site, method: WeightMethod, names: Collection[str]) -> None:
-        """Draw what follows from the method and the base alone, and so is in no file.
+        """Draw the tensors that follow from the method and the base alone, and so are in no file.
 
         Args:
-            site: a parameter that was placed.
+            site: a parameter that was read.
             method: how it is adapted.
-            names: the method's own names of those tensors.
+            names: the method's names of those tensors.
         """
         name = self.groups[site.name][0].name
         made = redrawn(site, method) if names else {}
@@ -110,12 +109,12 @@ class PeftReader:
             self.state[Placement(name, site, method, method).full_name(local)] = made[local]
 
     def save_modules(self, wanted: Collection[str], paths: Paths, ties: bool = False) -> None:
-        """Read the modules that are saved whole (`modules_to_save`); PEFT takes all whose name ends so.
+        """Read the modules that are saved whole (`modules_to_save`): all whose name ends with one of these.
 
         Args:
             wanted: the ends of their names.
             paths: where things are in the file.
-            ties: whether PEFT has kept tied parameters tied.
+            ties: whether PEFT kept tied parameters tied.
         """
         for name, module in self.modules.items():
             if not name or not any(name.endswith(end) for end in wanted):
@@ -127,42 +126,42 @@ class PeftReader:
                 if site[0].name in self.methods and within:
                     continue  # a module within one that was read
                 here = next(other for other in site if other.name == inside + param_name)
-                self.place(here, Full(), [Entry(f"{path}.{param_name}", "")], tied=within or ties)
+                self.place(here, Full(), [FileTensor(f"{path}.{param_name}", "")], tied=within or ties)
                 for other in site if ties else []:
                     if not other.name.startswith(inside):
                         key = join(paths.outside(other.module_name), other.param_name)
-                        self.same_again(other, [Entry(key, "")])
+                        self.check_tied(other, [FileTensor(key, "")])
             for buffer_name in module.state_dict():
-                if f"{path}.{buffer_name}" in self.left and inside + buffer_name not in self.groups:
+                if f"{path}.{buffer_name}" in self.remaining and inside + buffer_name not in self.groups:
                     self.state[inside + buffer_name] = self.take(f"{path}.{buffer_name}")
             for param_name, _ in module.named_parameters():
                 # With bias="all" PEFT also writes the biases under the names they have inside of its wrapper.
                 for wrapper in ("original_module", "modules_to_save"):
-                    self.left.pop(f"{path}.{wrapper}.{param_name}", None)
+                    self.remaining.pop(f"{path}.{wrapper}.{param_name}", None)
 
     def biases(self, paths: Paths) -> None:
-        """Read the biases that were trained along."""
+        """Read the biases that were trained too."""
         for name, module in self.modules.items():
             key = f"{paths.inside(name)}.bias"
-            if module._parameters.get("bias") is not None and key in self.left:
-                self.place(self.site(name, "bias"), Full(), [Entry(key, "")])
+            if module._parameters.get("bias") is not None and key in self.remaining:
+                self.place(self.site(name, "bias"), Full(), [FileTensor(key, "")])
 
     def base_weights(self, paths: Paths) -> None:
-        """Read whole weights that the config does not name: those of embeddings, which PEFT writes along.
+        """Read whole weights that the config does not name: those of embeddings, which PEFT adds.
 
         Raises:
-            FileError: if one is not the model's, and is adapted besides.
+            FileError: if one differs from the model's in shape, or differs and is adapted.
         """
         for name, module in self.modules.items():
             for param_name in module._parameters:
                 key = join(paths.inside(name), param_name)
-                if key not in self.left:
+                if key not in self.remaining:
                     continue
                 group = self.groups[join(name, param_name)]
                 weight = self.base.weights[group[0].name].dense()
-                found = self.left[key]
+                found = self.remaining[key]
                 if found.shape == weight.shape and torch.equal(found.to(weight), weight):
-                    del self.left[key]
+                    del self.remaining[key]
                 elif found.shape != weight.shape or group[0].name in self.methods:
                     raise FileError(
                         f"the file holds a weight {key!r} of shape {tuple(found.shape)}, and the model's {group[0].name!r} of "
@@ -170,29 +169,22 @@ class PeftReader:
                         "embeddings were resized or trained, resize the model's and put the file's weight there."
                     )
                 else:
-                    self.place(self.site(name, param_name), Full(), [Entry(key, "")], tied=True)
+                    self.place(self.site(name, param_name), Full(), [FileTensor(key, "")], tied=True)
 
-    def finish(self) -> None:
-        """Refuse a file with tensors that nothing took, or with none.
+    def check(self) -> None:
+        """Refuse a file with tensors that nothing read, or that adapts nothing.
 
         Raises:
             FileError: naming the first.
         """
-        if self.left:
-            key = next(iter(self.left))
+        if self.remaining:
+            key = next(iter(self.remaining))
             raise FileError(
-                f"the file holds {key!r} (one of {len(self.left)} such), and nothing in its config and this model asks for "
-                "it: was it made for another model?"
+                f"the file holds {key!r} (one of {len(self.remaining)} such), and nothing in its config and this model asks "
+                "for it: was it made for another model?"
             )
         if not self.methods:
             raise FileError("the config targets nothing in this model; was it made for another one?")
-
-    def strategy(self) -> Strategy:
-        """The rules that lead to these places."""
-        names: dict[WeightMethod, list[str]] = {}
-        for name, method in self.methods.items():
-            names.setdefault(method, []).append(re.escape(name))
-        return Strategy([(Regex("|".join(found)), method) for method, found in names.items()])
 
 
 def redrawn(site: Site, method: WeightMethod) -> dict[str, Tensor]:
@@ -202,7 +194,7 @@ def redrawn(site: Site, method: WeightMethod) -> dict[str, Tensor]:
 
 
 def with_dtype(method: WeightMethod, dtype: torch.dtype, tensors: dict[str, Tensor]) -> WeightMethod:
-    """The method, holding its tensors in the file's element type if it can and the parameter's is another."""
+    """The method with the file's dtype, if it has a field for it and the parameter's dtype is another."""
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     holds = any(field.name == "dtype" for field in fields(method))
     if not holds or len(found) != 1 or found == {dtype}:

@@ -6,16 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from safetensors.torch import save as safetensors_bytes
-
+from ... import safetensors_io
 from ...adapted_model import AdaptedModel
-from ...errors import AdaptError
-from ...files import unshared, write_whole
 from . import config as configs
-from .formats import kind_of
+from .file_format import peft_type_of
+from .formats import PEFT_FORMATS
 from .load import WEIGHTS
-from .lora import draft_lora
-from .table import KINDS
+from .lora import write_lora_file
 from .writer import PeftWriter
 
 
@@ -26,20 +23,20 @@ def save(
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter as a directory that PEFT and what reads its format can load. PEFT is not needed.
+    """Write an adapter as a directory that PEFT, and programs that read its format, can load. PEFT is not needed.
 
     The weight file of an adapter that `load` read is the same to the byte as PEFT's own of these tensors. What PEFT's format
-    cannot say is refused, so the directory means what the adapted model computes.
+    cannot express raises an error, so the directory means what the adapted model computes.
 
     Args:
         adapted: the adapted model. Its parts are of one method that PEFT has, besides fully trained biases and modules,
             and rows of embeddings.
         directory: the folder; it is made if it is not there.
         task_type: PEFT's name for what the model does, e.g. `"CAUSAL_LM"`.
-        base_model: where the base comes from; by default what a transformers model says of itself.
+        base_model: the base's name or path; by default a transformers model's own `name_or_path`.
 
     Raises:
-        AdaptError: for what the format cannot say, naming it; nothing was written then.
+        AdaptError: for what the format cannot express, naming it; nothing was written then.
 
     Example:
         >>> import os, torch, gift_func as gf, tempfile
@@ -49,25 +46,22 @@ def save(
         >>> sorted(os.listdir(directory))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    draft = PeftWriter(adapted)
-    kind = kind_of([part.method for part in adapted.parts], KINDS)
-    if kind == "LORA":
-        draft_lora(draft)
+    writer = PeftWriter(adapted)
+    peft_type = peft_type_of([part.method for part in adapted.adapted_parameters], PEFT_FORMATS)
+    if peft_type == "LORA":
+        write_lora_file(writer)
     else:
-        KINDS[kind].draft(draft)
-    draft.finish()
-    meta = next((key for key, tensor in draft.tensors.items() if tensor.is_meta), None)
-    if meta is not None:
-        raise AdaptError(f"{meta!r} is on the meta device and has no values to save")
-    root = draft.root
+        PEFT_FORMATS[peft_type].write_file(writer)
+    writer.check()
+    data = safetensors_io.to_bytes(writer.tensors, {"format": "pt"})
+    root = writer.root
     source = base_model or getattr(root, "name_or_path", None) or None
-    about = {"base_model_name_or_path": source, "peft_type": kind, "task_type": task_type}
+    about = {"base_model_name_or_path": source, "peft_type": peft_type, "task_type": task_type}
     if task_type is None:
         about["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
-    config = {**configs.COMMON, **draft.config, **about}
-    data = safetensors_bytes(unshared({key: tensor.contiguous() for key, tensor in draft.tensors.items()}), {"format": "pt"})
+    config = {**configs.COMMON_KEYS, **writer.config, **about}
     text = json.dumps(config, indent=2, sort_keys=True)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / WEIGHTS, data)
-    write_whole(folder / configs.FILE, text.encode())
+    safetensors_io.write(folder / WEIGHTS, data)
+    safetensors_io.write(folder / configs.FILE, text.encode())

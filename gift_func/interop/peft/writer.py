@@ -1,4 +1,4 @@
-"""A PEFT file in the making: which parts of an adapter go where."""
+"""Collects what is written to a PEFT directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted_model import AdaptedModel
+from ...adapter import AdaptedParameter
 from ...errors import AdaptError
 from ...methods import Diff, Full, TrainableTokens
 from ...methods.ia3 import ScaledBias
-from ...network.runner import AdaptedParameter
 from ...select import Site
 from . import config as configs
-from .keys import Entry, Paths
+from .keys import FileTensor, Paths, ties_embeddings
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -26,27 +26,27 @@ class PeftWriter:
 
     Attributes:
         parts: the adapted parameters of the file's method, by name.
-        biases: the changes of biases that go along with a module's change.
+        biases: the changes of biases that are written with the change of their module.
         tokens: the embeddings with replaced rows.
         whole: the parameters that are trained whole.
-        tensors: what the weight file holds.
+        tensors: the weight file's, by key.
         config: the method's own keys.
-        tied: whether PEFT, too, keeps tied parameters tied.
+        tied: whether PEFT keeps tied parameters tied as well.
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
-        body = adapted._body
-        if body.base.slots:
+        base, tree = adapted.frozen_base, adapted.copy_pool.tree
+        if base.slots:
             raise AdaptError(
                 "the model was adapted on top of another adapter, which PEFT's file would leave out. Save an adapter of "
                 "adapted.merge() of the lower one, or save it natively (gf.save_adapter)."
             )
-        self.base = body.base
-        self.root = body.base.structure.module
-        self.modules = body.base.structure.modules
-        self.groups = {site.name: group for group in body.base.sites() for site in group}
+        self.base = base
+        self.root = base.tree.module
+        self.modules = base.tree.modules
+        self.groups = {site.name: group for group in base.sites() for site in group}
         self.state = adapted.adapter_state_dict()
-        self.buffers = {name: buffer for name, _, _, buffer in body.structure.buffers()}
+        self.buffers = {name: buffer for name, _, _, buffer in tree.buffers()}
         self.changed = self.state.keys() - adapted.adapter.keys()
         self.parts: dict[str, AdaptedParameter] = {}
         self.biases: dict[str, AdaptedParameter] = {}
@@ -55,7 +55,7 @@ class PeftWriter:
         self.tensors: dict[str, Tensor] = {}
         self.config: dict[str, Any] = {}
         self.tied = False
-        for part in adapted.parts:
+        for part in adapted.adapted_parameters:
             if part.name not in self.groups:
                 raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no PEFT file can hold")
             roles: list[tuple[type, dict[str, AdaptedParameter]]] = [
@@ -68,10 +68,10 @@ class PeftWriter:
             next(found for kind, found in roles if isinstance(part.method, kind))[part.name] = part
 
     def site(self, name: str, tied: bool = False) -> Site:
-        """Where an adapted parameter is.
+        """The site of an adapted parameter.
 
         Raises:
-            AdaptError: if it is tied, which PEFT would not keep.
+            AdaptError: if it is tied and PEFT would not keep it so.
         """
         group = self.groups[name]
         if len(group) > 1 and not (tied or self.tied):
@@ -81,30 +81,29 @@ class PeftWriter:
             raise AdaptError(f"{name!r} belongs to the model itself; PEFT adapts modules inside of one. Put it in one.")
         return group[0]
 
-    def ties(self, name: str) -> bool:
+    def can_stay_tied(self, name: str) -> bool:
         """Whether PEFT can keep a tied parameter tied: that of an embedding and a head, in a transformers model."""
-        tied = getattr(getattr(self.root, "config", None), "tie_word_embeddings", False)
         first, *others = self.groups[name]
         heads = all(isinstance(site.module, nn.Linear) for site in others)
-        return bool(tied) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
+        return ties_embeddings(self.root) and len(others) == 1 and heads and isinstance(first.module, nn.Embedding)
 
-    def put(self, part: AdaptedParameter, entries: Iterable[Entry]) -> None:
-        """Write the tensors of one part."""
-        for entry in entries:
-            self.tensors[entry.key] = entry.write(self.state[part.names[entry.local]])
+    def write_tensors(self, part: AdaptedParameter, file_tensors: Iterable[FileTensor]) -> None:
+        """Add the tensors of an adapted parameter."""
+        for file_tensor in file_tensors:
+            self.tensors[file_tensor.key] = file_tensor.write(self.state[part.names[file_tensor.local]])
 
-    def target(self, chosen: Collection[str]) -> None:
-        """Name the modules to adapt."""
+    def set_targets(self, chosen: Collection[str]) -> None:
+        """Set the modules to adapt."""
         others = [name for name in self.modules if name and name not in chosen]
         self.config["target_modules"] = configs.shortest(chosen, others)
 
-    def pattern(self, field: str, values: Mapping[str, Any], exact: bool = False) -> Any:
-        """The value that most places share; the others go into a pattern.
+    def set_pattern(self, field: str, values: Mapping[str, Any], exact: bool = False) -> Any:
+        """Set a pattern of the values that differ from the most common one, which is returned.
 
         Args:
             field: the key of the pattern.
-            values: the value for each place.
-            exact: whether PEFT takes the pattern's keys letter by letter.
+            values: by name of the parameter or module.
+            exact: whether the pattern's keys are plain names in PEFT, and not expressions.
         """
         default = most_common(values.values())
         found = {name if exact else f"^{_escaped(name)}": value for name, value in values.items() if value != default}
@@ -112,8 +111,8 @@ class PeftWriter:
         return default
 
     def save_whole(self, paths: Paths, takes_biases: bool) -> None:
-        """Write the parameters that are trained whole: as biases, or with the whole of their module."""
-        saved = {self.groups[name][0].module_name: name for name in self.whole if not self._is_bias(name, takes_biases)}
+        """Add the parameters that are trained whole: as biases, or with the whole of their module."""
+        saved = {self.groups[name][0].module_name: name for name in self.whole if not self._saved_as_bias(name, takes_biases)}
         if "" in saved:
             raise AdaptError(f"{saved['']!r} is a parameter of the model itself; PEFT saves modules whole. Save it natively.")
         matched = [name for name in self.modules if any(name.endswith(end) for end in saved)]
@@ -124,33 +123,33 @@ class PeftWriter:
         biases = [name for name in self.whole if not name.startswith(inside)]
         for name in biases:
             module_name = self.site(name).module_name
-            self.put(self.whole[name], [Entry(f"{paths.inside(module_name)}.bias", "")])
+            self.write_tensors(self.whole[name], [FileTensor(f"{paths.inside(module_name)}.bias", "")])
         if takes_biases:
             beside = all(self.groups[name][0].module_name in paths.wrappers for name in biases)
             self.config["bias"] = "none" if not biases else "lora_only" if beside else "all"
-        self.lose_nothing(inside)
+        self.check_buffers(inside)
 
-    def lose_nothing(self, inside: tuple[str, ...]) -> None:
-        """Refuse buffers that changed and have no place.
+    def check_buffers(self, inside: tuple[str, ...]) -> None:
+        """Refuse buffers that changed and are not in the file.
 
         Args:
-            inside: how the names of those begin that have one.
+            inside: the beginnings of names of those that are in it.
         """
-        lost = next((name for name in sorted(self.changed) if not name.startswith(inside)), None)
-        if lost is not None:
+        buffer = next((name for name in sorted(self.changed) if not name.startswith(inside)), None)
+        if buffer is not None:
             raise AdaptError(
-                f"the buffer {lost!r} differs from the base's, and PEFT's file has no place for it. Train its parameters whole "
-                "(gf.NormTuning, gf.Full), keep it in eval mode, or save natively."
+                f"the buffer {buffer!r} differs from the base's, and PEFT's file has no place for it. Train its parameters "
+                "whole (gf.NormTuning, gf.Full), keep it in eval mode, or save natively."
             )
 
-    def _is_bias(self, name: str, takes_biases: bool) -> bool:
+    def _saved_as_bias(self, name: str, takes_biases: bool) -> bool:
         site = self.groups[name][0]
         beside = name.rpartition(".")[0]
         others = any(other.rpartition(".")[0] == beside and other != name for other in self.whole)
         return takes_biases and site.param_name == "bias" and not others
 
     def save_module(self, name: str, path: str) -> None:
-        """Write a whole module, its buffers too, under a path of the file."""
+        """Add a whole module, with its buffers, under a path of the file."""
         module, inside = self.modules[name], f"{name}."
         for param_name, _ in module.named_parameters():
             group = self.groups[inside + param_name]
@@ -165,11 +164,11 @@ class PeftWriter:
             if inside + buffer_name in self.buffers:
                 self.tensors[f"{path}.{buffer_name}"] = self.buffers[inside + buffer_name].detach()
 
-    def finish(self) -> None:
-        """Check that the config leads to just these places.
+    def check(self) -> None:
+        """Check that the config targets the modules that it names, and no others.
 
         Raises:
-            AdaptError: if it cannot.
+            AdaptError: if it does not.
         """
         found = {name for name in self.modules if name and configs.targets(self.config, name)}
         wanted = self.config.get("target_modules") or []
@@ -182,15 +181,15 @@ class PeftWriter:
 
 
 def most_common(values: Iterable[Value]) -> Value:
-    """The value that occurs most, the first of them."""
+    """The most frequent value, the first of several."""
     return Counter(values).most_common(1)[0][0]
 
 
-def one(what: str, values: Sequence[Value]) -> Value:
-    """The value that all places share.
+def shared_value(what: str, values: Sequence[Value]) -> Value:
+    """The value that all modules share.
 
     Raises:
-        AdaptError: if they do not.
+        AdaptError: if they differ.
     """
     if len(set(values)) > 1:
         shown = ", ".join(sorted(map(str, set(values))))
@@ -198,13 +197,13 @@ def one(what: str, values: Sequence[Value]) -> Value:
     return values[0]
 
 
-def number(value: float) -> float:
+def plain_number(value: float) -> float:
     """A whole number as an int, as PEFT writes them."""
     return int(value) if float(value).is_integer() else value
 
 
-def zeros(parameter: Tensor, *shape: int) -> Tensor:
-    """A factor that changes nothing."""
+def zero_factor(parameter: Tensor, *shape: int) -> Tensor:
+    """A factor of zeros."""
     return torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
 
 

@@ -1,7 +1,7 @@
 """GIFt's tutorial, second half, line by line: LoRA in attention over a sequence and over a field.
 
 The `Q`, `K` and `V` matrices of an attention layer are Linear layers if the input is a sequence, and convolutions if it is
-a field; one strategy adapts both. Run it: `python examples/seed_attention.py`.
+a field; one strategy adapts both. Run it: `python examples/gift_attention.py`.
 """
 
 import math
@@ -25,7 +25,7 @@ class MultiHeadAttentionBase(nn.Module):
         self.num_heads = num_heads
         self.dropout_rate = dropout
 
-    # The seed's text calls `self.dropout` below and never defines it, so its attention cannot be called. (It accepts
+    # GIFt's text calls `self.dropout` below and never defines it, so its attention cannot be called. (It accepts
     # `linear_attention` as well and never uses it.) As a method it adds nothing to the printed tree.
     def dropout(self, weights: Tensor) -> Tensor:
         return nn.functional.dropout(weights, self.dropout_rate, self.training)
@@ -37,7 +37,7 @@ class MultiHeadAttentionBase(nn.Module):
         weights = nn.functional.softmax(weights, dim=-1)
         return self.concat_output(torch.bmm(self.dropout(weights), values))
 
-    # The seed writes each of these as reshape, permute, reshape; a pattern says the same in one line.
+    # GIFt writes each of these as reshape, permute, reshape; a pattern says the same in one line.
     def apart_input(self, x: Tensor) -> Tensor:
         return rearrange(x, "batch elements (heads dim) -> (batch heads) elements dim", heads=self.num_heads)
 
@@ -138,7 +138,7 @@ print("sequence_attention after adapting:")
 print(adapted_sequence)
 print("")
 
-# The seed's text prints "after enable fine_tuning" over the field attention before it adapts it; here each has its own.
+# GIFt's text prints "after enable fine_tuning" over the field attention before it adapts it; here each has its own.
 field_attention = TwoDFieldMultiHeadAttention(10, 10, 10, 2, 5, 10)
 field_before = census(field_attention)
 print("field_attention before adapting:")

@@ -1,4 +1,4 @@
-"""The table of what kohya's and LyCORIS's files hold: one row each, and what is refused by name."""
+"""The table of the formats of kohya's and LyCORIS's files: one row each, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ...errors import AdaptError, FileError, nearest
 from ...methods import IA3, OFT, BitFit, Diff, DoRA, Full, LoHa, LoKr, LoRA, NormTuning, WeightMethod
 from ...methods.norm_tuning import is_norm
 from ...select import Site
+from ...weights.value import Side
 from . import factors
-from .methods import Decomposed, GivenLoKr, Side, WeightIA3
-from .module_tensors import Kind, ModuleTensors, Reader, Tensors, Writer
+from .methods import Decomposed, GivenLoKr, WeightIA3
+from .module_tensors import ChangeFormat, ModuleTensors, ReadChange, Tensors, WriteChange
 
 MERGE = "Merge it where it was made (LyCORIS: merge_to), or save it natively there."
 REFUSED = {
@@ -28,14 +29,14 @@ REFUSED = {
 }
 
 
-def _read_oft(found: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
-    blocks = found.matrix("oft_blocks")
+def _read_oft(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+    blocks = source.matrix("oft_blocks")
     if blocks.ndim == 4:
-        raise FileError(f"{found.called}.oft_blocks holds a BOFT of outputs, and gf.BOFT turns inputs. {MERGE}")
+        raise FileError(f"{source.name}.oft_blocks holds a BOFT of outputs, and gf.BOFT turns inputs. {MERGE}")
     if blocks.ndim != 3:
-        raise FileError(f"{found.called}.oft_blocks is to be (blocks, size, size), and is {tuple(blocks.shape)}")
-    bound = found.scalar("alpha", 0.0)
-    rescale = {"rescale": found.take("rescale")} if "rescale" in found.left else {}
+        raise FileError(f"{source.name}.oft_blocks is to be (blocks, size, size), and is {tuple(blocks.shape)}")
+    bound = source.scalar("alpha", 0.0)
+    rescale = {"rescale": source.take("rescale")} if "rescale" in source.remaining else {}
     method = OFT(blocks.shape[1], side="output", rescale=bool(rescale))
     return method.replace(coft=True, eps=bound) if bound > 0 else method, {"oft_blocks": blocks, **rescale}
 
@@ -51,9 +52,9 @@ def _write_oft(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor)
     return {**tensors, "oft_blocks": blocks, "alpha": torch.tensor(bound)}
 
 
-def _read_ia3(found: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
-    side: Side = "input" if found.scalar("on_input", 0.0) else "output"
-    change = found.take("weight")
+def _read_ia3(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+    side: Side = "input" if source.scalar("on_input", 0.0) else "output"
+    change = source.take("weight")
     wide = torch.promote_types(change.dtype, site.parameter.dtype)
     return WeightIA3(side=side), {"ia3_l": change.to(wide) + 1}
 
@@ -71,15 +72,15 @@ def _write_ia3(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor)
 
 
 def change_of(method: WeightMethod, tensors: Tensors, base: Tensor) -> Tensor:
-    """What a trained or changed parameter has more than the base's."""
+    """The difference between a trained or changed parameter and the base's."""
     if isinstance(method, Diff):
         return tensors["diff"] if method.scale == 1 else tensors["diff"] * method.scale
     return tensors[""] - base
 
 
-def _read_change(name: str) -> Reader:
-    def read(found: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
-        return Diff(), {"diff": found.take(name)}
+def _read_change(name: str) -> ReadChange:
+    def read(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+        return Diff(), {"diff": source.take(name)}
 
     return read
 
@@ -88,23 +89,23 @@ def _write_change(method: WeightMethod, tensors: Tensors, site: Site, base: Tens
     return {"w_norm" if is_norm(site.module) else "diff": change_of(method, tensors, base)}
 
 
-KINDS = [
-    Kind("LoRA", "lora_up.weight lora_down.weight", "lora_mid.weight alpha dora_scale", factors.read_lora),
-    Kind("LoHa", "hada_w1_a hada_w1_b", "hada_w2_a hada_w2_b hada_t1 hada_t2 alpha dora_scale", factors.read_loha),
-    Kind(
+KOHYA_FORMATS = [
+    ChangeFormat("LoRA", "lora_up.weight lora_down.weight", "lora_mid.weight alpha dora_scale", factors.read_lora),
+    ChangeFormat("LoHa", "hada_w1_a hada_w1_b", "hada_w2_a hada_w2_b hada_t1 hada_t2 alpha dora_scale", factors.read_loha),
+    ChangeFormat(
         "LoKr",
         "lokr_w1 lokr_w1_a lokr_w2 lokr_w2_a",
         "lokr_w1_b lokr_w2_b lokr_t2 alpha dora_scale",
         factors.read_lokr,
     ),
-    Kind("diag-OFT", "oft_blocks", "rescale alpha", _read_oft),
-    Kind("IA3", "on_input", "weight", _read_ia3),
-    Kind("a change in full", "diff", "", _read_change("diff")),
-    Kind("a norm's change", "w_norm", "", _read_change("w_norm")),
+    ChangeFormat("diag-OFT", "oft_blocks", "rescale alpha", _read_oft),
+    ChangeFormat("IA3", "on_input", "weight", _read_ia3),
+    ChangeFormat("a change in full", "diff", "", _read_change("diff")),
+    ChangeFormat("a norm's change", "w_norm", "", _read_change("w_norm")),
 ]
 BIASES = ("diff_b", "b_norm")
 
-WRITERS: dict[type[WeightMethod], tuple[str, Writer]] = {
+WRITERS: dict[type[WeightMethod], tuple[str, WriteChange]] = {
     LoRA: ("lora", factors.write_lora),
     DoRA: ("lora", factors.write_dora),
     LoHa: ("loha", factors.write_loha),
@@ -118,24 +119,24 @@ WRITERS: dict[type[WeightMethod], tuple[str, Writer]] = {
 }
 
 
-def kind_of(found: ModuleTensors) -> Kind:
-    """What kind of change a module's tensors are.
+def format_of(source: ModuleTensors) -> ChangeFormat:
+    """The format of a module's tensors.
 
     Raises:
-        FileError: if they are of none or of several, or of one that has no method here, naming it.
+        FileError: if they are of no known format or of several, or of one that has no method here, naming it.
     """
     for name, what in REFUSED.items():
-        if name in found.left:
-            raise FileError(f"{found.called} holds {what} ({name}), which has no place here. {MERGE}")
-    kinds = [kind for kind in KINDS if kind.marks & found.left.keys()]
+        if name in source.remaining:
+            raise FileError(f"{source.name} holds {what} ({name}), which has no place here. {MERGE}")
+    kinds = [kind for kind in KOHYA_FORMATS if kind.marks & source.remaining.keys()]
     if not kinds:
-        shown = ", ".join(map(repr, found.left))
-        near = nearest(next(iter(found.left)), sorted(name for kind in KINDS for name in kind.marks))
-        raise FileError(f"{found.called} holds {shown}, which is no kind of change that is known; {near}")
+        shown = ", ".join(map(repr, source.remaining))
+        near = nearest(next(iter(source.remaining)), sorted(name for kind in KOHYA_FORMATS for name in kind.marks))
+        raise FileError(f"{source.name} holds {shown}, which is no kind of change that is known; {near}")
     if len(kinds) > 1:
-        raise FileError(f"{found.called} holds both {kinds[0].label} and {kinds[1].label}, and only one has a place")
-    unknown = next((name for name in found.left if name not in kinds[0].tensors), None)
+        raise FileError(f"{source.name} holds both {kinds[0].label} and {kinds[1].label}, and only one has a place")
+    unknown = next((name for name in source.remaining if name not in kinds[0].tensors), None)
     if unknown is not None:
         near = nearest(unknown, sorted(kinds[0].tensors))
-        raise FileError(f"{found.called} holds {kinds[0].label}, and {unknown!r} is no part of it; {near}")
+        raise FileError(f"{source.name} holds {kinds[0].label}, and {unknown!r} is no part of it; {near}")
     return kinds[0]

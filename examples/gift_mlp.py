@@ -2,7 +2,7 @@
 
 GIFt (https://github.com/qiauil/GIFt) changes the network it is given: `enable_fine_tuning(mlp, strategy)` replaces its
 layers, its `parameters()` and its `state_dict()`. Here `adapted = adapt(mlp, strategy)` gives a second model, and the
-first one stays bit for bit what it was; the last section proves that. Run it: `python examples/seed_mlp.py`.
+first one stays bit for bit what it was; the last section proves that. Run it: `python examples/gift_mlp.py`.
 """
 
 import tempfile
@@ -89,7 +89,7 @@ for _ in range(30):
 print(f"Loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
 assert losses[-1] < losses[0]
 
-# --- 3. Save and load: the adapter's tensors under the names that the seed gives them
+# --- 3. Save and load: the adapter's tensors under the names that GIFt gives them
 
 state_dict = adapted.adapter_state_dict()
 print(state_dict.keys())
@@ -114,7 +114,7 @@ class ExampleMLP(nn.Module):
         self.out_model = nn.Linear(10, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The seed's text says `return self.mlp(x)`: there is no such attribute, so its example cannot be called.
+        # GIFt's text says `return self.mlp(x)`: there is no such attribute, so its example cannot be called.
         out: Tensor = self.out_model(self.mid_model(self.in_model(x)))
         return out
 
@@ -161,7 +161,7 @@ class ExampleStrategy:
 
 
 convolutional = adapt(example_mlp, ExampleStrategy())
-# From outside to inside: what the seed's text prints is what this prints (tests/adapting/test_gift.py compares them).
+# From outside to inside: what GIFt's text prints is what this prints (tests/adapting/test_gift.py compares them).
 assert visited == [
     ("in_model", "in_model", "Linear"),
     *[(str(i), f"mid_model.layers.{i}", "Linear") for i in range(3)],

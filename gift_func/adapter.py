@@ -1,0 +1,262 @@
+"""The adapter as a value: a frozen base, adapted parameters, and the tensors that change them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import is_
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from ._torch import lasting_outside
+from .adapter_dict import NameSpace
+from .methods import WeightMethod
+from .network.copy_pool import CopyPool
+from .network.frozen_base import FrozenBase
+from .network.modes import Modes
+from .network.module_tree import ModuleTree, clone, copied, persistent
+from .network.runner import holds_computed
+from .strategy import Strategy
+from .weights import Dense, Weight
+
+
+@dataclass(frozen=True)
+class AdaptedParameter:
+    """One adapted parameter.
+
+    Attributes:
+        name: the parameter's dotted name.
+        method: the method, as `for_site` gave it for the parameter's site.
+        names: the method's own name of each tensor -> its global name.
+    """
+
+    name: str
+    method: WeightMethod
+    names: dict[str, str]
+
+
+class AdaptedParameters(Sequence[AdaptedParameter]):
+    """The adapted parameters of a base, which make structured weights of adapter tensors.
+
+    Args:
+        base: the frozen base.
+        parameters: the adapted parameters.
+
+    Attributes:
+        names: the parameters' dotted names.
+    """
+
+    def __init__(self, base: FrozenBase, parameters: Sequence[AdaptedParameter]) -> None:
+        self.base = base
+        self.names = tuple(parameter.name for parameter in parameters)
+        self._parameters = tuple(parameters)
+        self._epoch = -1
+        self._precomputed: dict[str, dict[str, Tensor]] = {}
+
+    @overload
+    def __getitem__(self, index: int) -> AdaptedParameter: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[AdaptedParameter, ...]: ...
+    def __getitem__(self, index: int | slice) -> AdaptedParameter | tuple[AdaptedParameter, ...]:
+        return self._parameters[index]
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __iter__(self) -> Iterator[AdaptedParameter]:
+        return iter(self._parameters)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdaptedParameters) and self._parameters == other._parameters
+
+    def __hash__(self) -> int:
+        return hash(self.names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AdaptedParameters, (self.base, self._parameters)
+
+    def on(self, base: FrozenBase) -> AdaptedParameters:
+        """The same parameters of a base that was moved or cast, or of another view of this one."""
+        return self if base is self.base else AdaptedParameters(base, self._parameters)
+
+    def refresh(self) -> None:
+        """Look up what the methods precompute from the base, unless that was done since the base was last written to."""
+        if self._epoch != self.base.epoch:
+            self._precomputed = {
+                parameter.name: self.base.precomputed(parameter.name, parameter.method)
+                for parameter in self._parameters
+                if parameter.name in self.base.weights
+            }
+            self._epoch = self.base.epoch
+
+    def weights(self, tensors: Mapping[str, Tensor], trains: Callable[[str], bool]) -> dict[str, Weight]:
+        """The structured weights that adapter tensors make of the base's, by the name of the parameter.
+
+        Args:
+            tensors: the adapter's tensors, by global name.
+            trains: whether a module, given by its dotted name, is in training mode.
+        """
+        self.refresh()
+        made: dict[str, Weight] = {}
+        for parameter in self._parameters:
+            name = parameter.name
+            own = {local: tensors[full] for local, full in parameter.names.items()}
+            if name in self.base.weights:
+                weight = parameter.method.weight(self.base.weights[name], {**self._precomputed[name], **own})
+                made[name] = weight if trains(name.rpartition(".")[0]) else weight.eval()
+            else:  # of a module that the adapter brings: the parameter is the adapter's
+                made[name] = Dense(own[""])
+        return made
+
+
+@dataclass(eq=False)
+class Adapter:
+    """An adapter: what it is for and what it holds, without a copy of the network.
+
+    Attributes:
+        parameters: the adapted parameters, with their frozen base.
+        strategy: the strategy, or None where actions of GIFt's protocol replaced modules.
+        tensors: the adapter's tensors under global names: parameters, or views of stacked ones.
+        buffers: the persistent buffers that are not the base's.
+        tree: the network with the modules that the adapter brings; None if it brings none.
+        generation: how often the tensors were moved in memory.
+    """
+
+    parameters: AdaptedParameters
+    strategy: Strategy | None
+    tensors: Mapping[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    tree: ModuleTree | None = None
+    _versions: dict[str, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _weights: dict[Modes, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
+    generation: int = field(default=0, repr=False)
+
+    @property
+    def base(self) -> FrozenBase:
+        """The frozen base."""
+        return self.parameters.base
+
+    def replace_tensors(self, tensors: Mapping[str, Tensor], base: FrozenBase | None = None) -> Adapter:
+        """The same adapter with other tensors, on the same base or another view of it."""
+        if base is not None and base is not self.base:
+            base.adopt_precomputed(self.base)
+        parameters = self.parameters if base is None else self.parameters.on(base)
+        return Adapter(parameters, self.strategy, tensors, dict(self.buffers), self.tree)
+
+    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Adapter:
+        """The same adapter with a function applied to all that is its own, on a base that it was applied to as well."""
+        with lasting_outside():
+            tensors = {
+                name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
+                for name, tensor in self.tensors.items()
+            }
+            buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
+            tree = None if self.tree is None else self.tree.copy(function)
+        return Adapter(self.parameters.on(base), self.strategy, tensors, buffers, tree)
+
+    def weights(self, modes: Modes) -> dict[str, Weight]:
+        """The structured weights, by the name of the parameter; kept where they only view the tensors.
+
+        Args:
+            modes: the modules in training mode.
+        """
+        known = self._weights.get(modes)
+        if known is not None and known[0] == self.base.epoch:
+            return known[1]
+        with lasting_outside(), torch.enable_grad():
+            made = self.parameters.weights(self.tensors, modes.__contains__)
+        if not holds_computed(made, self.tensors.values()):
+            self._weights[modes] = self.base.epoch, made
+        return made
+
+    def keeps_weights(self, modes: Modes) -> bool:
+        """Whether the weights that `weights` gave last are kept."""
+        return modes in self._weights
+
+    def forget_weights(self) -> None:
+        """Make weights anew from now on: the tensors were moved in memory."""
+        self._weights.clear()
+        self.generation += 1
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The tensors and buffers as a module: its dictionaries are this adapter's, so what is put in one is in the other."""
+        made = NameSpace()
+        vars(made).update(_parameters=self.tensors, _buffers=self.buffers)
+        return made
+
+    def copy_pool(self) -> CopyPool:
+        """Private copies of the network for a model of this adapter, by its very buffers."""
+        tree = None
+        if self.tree is not None:
+            tree = ModuleTree(self.tree.detached())
+            own = set(self.parameters.names)
+            for name in tree.places:
+                if name in self.base.tensors and name not in own:
+                    tree.bind(name, self.base.tensors[name])
+        held = copied(self.base.tree.held()) if tree is None else tree.held()
+        for name, buffer in self.buffers.items():
+            module_name, _, attribute = name.rpartition(".")
+            held[module_name].tensors[attribute] = buffer
+        return CopyPool(self.base, tree, held)
+
+    # --- in a batch with others
+
+    @property
+    def why_apart(self) -> str | None:
+        """Why the adapter cannot share a pass with others, or None."""
+        if self.tree is not None:
+            return "it brings modules of its own"
+        versions = self._versions
+        if any(name not in versions or tensor._version != versions[name] for name, tensor in self.buffers.items()):
+            return "it keeps buffers of its own"
+        return None
+
+    @property
+    def address(self) -> int:
+        """Where its first tensor lies in memory."""
+        return next((tensor.data_ptr() for tensor in self.tensors.values()), 0)
+
+    def own_statistics(self) -> None:
+        """Give the adapter persistent buffers of its own, which its models write to and share."""
+        with self._lock:
+            for name, buffer in persistent(self.base.tree.held()).items():
+                if name not in self.buffers:
+                    with lasting_outside():
+                        mine = clone(buffer)
+                    self._versions[name] = mine._version
+                    self.buffers[name] = mine
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        module = None
+        if self.tree is not None:
+            tree = self.tree.copy()
+            for name in tree.places:
+                found = self.tensors.get(name, self.base.tensors.get(name))
+                if found is not None:
+                    tree.bind(name, found)
+            module = tree.module
+        return _restore, (self.parameters, self.strategy, self.tensors, self.buffers, module)
+
+
+def _restore(
+    parameters: AdaptedParameters,
+    strategy: Strategy | None,
+    tensors: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    module: nn.Module | None,
+) -> Adapter:
+    return Adapter(parameters, strategy, tensors, buffers, None if module is None else ModuleTree(module))
+
+
+def brings_modules(tree: ModuleTree, base: ModuleTree) -> bool:
+    """Whether a network's modules are others than the base's in kind, or hold other parameters."""
+    ours, theirs = tree.modules, base.modules
+    if ours.keys() != theirs.keys() or tree.names.keys() != base.names.keys():
+        return True
+    return not all(map(is_, map(type, ours.values()), (type(theirs[name]) for name in ours)))

@@ -1,0 +1,115 @@
+"""Tensors of several adapters next to each other in memory, so that those of a batch are one stack as they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import is_transformed, lasting_outside
+from ..adapter import Adapter
+from ..kernels.function import apply
+from ..network.frozen_base import FrozenBase
+
+
+def side_by_side(adapters: Sequence[Adapter], base: FrozenBase | None = None) -> list[Adapter]:
+    """The same adapters with their tensors copied, those of one name and shape next to each other in memory.
+
+    A batch that uses all of them then needs no copy of any: their tensors are one stack as they lie.
+
+    Args:
+        adapters: adapters of bases that share their tensors.
+        base: the one that all are put on; None leaves each on its own.
+    """
+    found: list[dict[str, Tensor]] = [dict(adapter.tensors) for adapter in adapters]
+    for name, owners, slab in _slabs(adapters):
+        for index, row in zip(owners, slab.unbind(0), strict=True):
+            found[index][name] = nn.Parameter(row.detach(), requires_grad=adapters[index].tensors[name].requires_grad)
+    return [adapter.replace_tensors(own, base) for adapter, own in zip(adapters, found, strict=True)]
+
+
+def lay_side_by_side(adapters: Sequence[Adapter]) -> None:
+    """Move the tensors of adapters next to each other in memory; the parameters stay the same objects."""
+    for name, owners, slab in _slabs(adapters):
+        for index, row in zip(owners, slab.unbind(0), strict=True):
+            adapters[index].tensors[name].data = row
+    for adapter in adapters:
+        adapter.forget_weights()
+
+
+def _slabs(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], Tensor]]:
+    """For all tensors of one name and shape that name, which adapters have one, and their values as one stack."""
+    groups: dict[tuple[str, torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        for name, tensor in adapter.tensors.items():
+            groups.setdefault((name, tensor.shape, tensor.dtype, tensor.device), []).append(index)
+    for (name, *_), owners in groups.items():
+        with lasting_outside(), torch.no_grad():
+            yield name, owners, torch.stack([adapters[index].tensors[name] for index in owners])
+
+
+def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
+    """Tensors of one shape as one, `(K, ...)`: without a copy if they lie at equal distances in one memory.
+
+    Args:
+        tensors: of one shape.
+        lasting: let a stack without a copy be of use after the tensors were written to, as an optimizer does. Autograd then
+            cannot notice a write between a forward and its backward.
+    """
+    whole = None if lasting else _rows_of_stack(tensors)
+    if whole is not None:
+        return whole
+    if len(tensors) == 1 and not lasting:
+        return tensors[0].unsqueeze(0)
+    if any(map(is_transformed, tensors)):
+        return torch.stack(list(tensors))
+    made: Tensor = apply(_Stack, lasting, *tensors)
+    return made
+
+
+def _rows_of_stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The parameter that the tensors are rows of, or these rows of it; None if they are no rows of one."""
+    whole = tensors[0]._base
+    if whole is None or not isinstance(whole, nn.Parameter) or any(tensor._base is not whole for tensor in tensors):
+        return None
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    for rows in (whole, whole.mT) if whole.ndim > 2 else (whole,):
+        places = [divmod(int(tensor.storage_offset() - rows.storage_offset()), rows.stride(0)) for tensor in tensors]
+        if rows.shape[1:] == shape and rows.stride()[1:] == strides and not any(rest for _, rest in places):
+            index = [place for place, _ in places]
+            if index == list(range(len(rows))):
+                return rows
+            return rows.index_select(0, torch.tensor(index, device=rows.device))
+    return None
+
+
+def lies_stacked(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie at equal distances in one memory."""
+    first, second = tensors[0], tensors[1] if len(tensors) > 1 else tensors[0]
+    step = second.data_ptr() - first.data_ptr()
+    storage, strides = first.untyped_storage().data_ptr(), first.stride()
+    start = first.data_ptr()
+    return step >= 0 and all(
+        tensor.data_ptr() == start + index * step
+        and tensor.stride() == strides
+        and tensor.untyped_storage().data_ptr() == storage
+        for index, tensor in enumerate(tensors)
+    )
+
+
+class _Stack(torch.autograd.Function):
+    """`torch.stack`; of tensors that already are a stack a view, and gradients that are laid out as they are."""
+
+    @staticmethod
+    def forward(ctx: object, lasting: bool, *tensors: Tensor) -> Tensor:
+        if not lies_stacked(tensors):
+            return torch.stack(tensors)
+        first, second = tensors[0].data if lasting else tensors[0].detach(), tensors[min(1, len(tensors) - 1)]
+        step = (second.data_ptr() - first.data_ptr()) // first.element_size()
+        return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Rows laid out as the parameters are become their gradients as they are; others would be copied one by one.
+        return None, *grad.contiguous().unbind(0)

@@ -1,0 +1,67 @@
+"""What identifies a base: hashes of its names, shapes and types, and of samples of its values."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import Weight
+from .module_tree import ModuleTree
+
+SAMPLE = 1024
+"""Elements of each tensor that enter a fingerprint."""
+
+
+def fingerprint(weights: Mapping[str, Weight], tree: ModuleTree) -> dict[str, str]:
+    """`{"structure": hex, "values": hex}` of a network's weights and persistent buffers; see `FrozenBase.fingerprint`."""
+    lines, leaves = [], []
+    for name, weight in sorted(weights.items()):
+        lines.append(f"{name}:{tuple(weight.shape)}:{weight.dtype}\n")
+        leaves.extend(weight.leaves())
+    empty = any(tensor.is_meta for tensor in leaves)
+    values = hashlib.sha256()
+    for sample in samples(tensor for tensor in leaves if not tensor.is_meta):
+        values.update(sample)
+    for name, attribute, module, buffer in tree.buffers():
+        if attribute not in module._non_persistent_buffers_set and not buffer.is_meta:
+            values.update(name.encode())
+            for sample in samples([buffer]):
+                values.update(sample)
+    structure = hashlib.sha256("".join(lines).encode())
+    return {"structure": structure.hexdigest(), "values": "" if empty else values.hexdigest()}
+
+
+def samples(tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """The bytes of up to about `SAMPLE` evenly spaced elements of each tensor, in their order."""
+    with torch.no_grad():
+        run: list[Tensor] = []
+        for tensor in tensors:
+            size = tensor.numel()
+            step = max(1, size // SAMPLE)
+            if _is_plain(tensor) and tensor.is_contiguous():
+                picked = tensor.as_strided((-(-size // step),), (step,))
+            else:
+                picked = tensor.detach().reshape(-1)[::step]
+            # Neighbours are gathered by one operation: a network has hundreds of tensors, most of them alike.
+            if run and (picked.dtype is not run[0].dtype or picked.device != run[0].device or not _is_plain(tensor)):
+                yield _bytes(torch.cat(run))
+                run = []
+            if _is_plain(tensor):
+                run.append(picked)
+            elif picked.numel():
+                yield bytes(picked.to("cpu").contiguous().view(torch.uint8).tolist())
+        if run:
+            yield _bytes(torch.cat(run))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    here = tensor.to("cpu")
+    return ctypes.string_at(here.data_ptr(), here.numel() * here.element_size()) if here.numel() else b""
