@@ -1,4 +1,4 @@
-"""BOFT: features are turned by a product of sparse orthogonal matrices, as in a fast Fourier transform."""
+"""BOFT: features are rotated by a product of sparse orthogonal matrices, as in a fast Fourier transform."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class BOFT(MatrixMethod):
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         raw, s = tensors["boft_R"], tensors["boft_s"]
-        turned = partial(Blocks, factors=self.n_butterfly_factor, dropout=self.dropout)
-        if self.view == "lookup":  # the layer's outputs are turned, W·R, and not its inputs
-            return Scaled(turned(base.mT, raw, blocks, raw.shape[-1], "output").mT, s.mT, "input")
+        rotated = partial(Blocks, factors=self.n_butterfly_factor, dropout=self.dropout)
+        if self.view == "lookup":  # the layer's outputs are rotated, W·R, and not its inputs
+            return Scaled(rotated(base.mT, raw, blocks, raw.shape[-1], "output").mT, s.mT, "input")
         s = s.mT if self.view == "kernel" else s
-        return on_matrix(base, self.view, lambda w: Scaled(turned(w, raw, blocks, raw.shape[-1]), s, "output"))
+        return on_matrix(base, self.view, lambda w: Scaled(rotated(w, raw, blocks, raw.shape[-1]), s, "output"))
 
     def _shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the matrix whose columns are turned."""
+        """Shape of the matrix whose columns are rotated."""
         return shape if self.view == "lookup" else matrix_shape(shape, self.view)
 
 

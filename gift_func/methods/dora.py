@@ -1,4 +1,4 @@
-"""DoRA: a weight's rows are turned by LoRA and stretched by a trained magnitude."""
+"""DoRA: LoRA changes the direction of a weight's rows, and a trained magnitude their length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HRA: features are turned by a few Householder reflections."""
+"""HRA: features are transformed by a few Householder reflections."""
 
 from __future__ import annotations
 

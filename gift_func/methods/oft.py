@@ -1,4 +1,4 @@
-"""OFT: blocks of features are turned by small orthogonal matrices."""
+"""OFT: blocks of features are rotated by small orthogonal matrices."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ class OFT(MatrixMethod):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         names = ("oft_blocks", "oft_embedding_R", "oft_R")
         raw = next(tensors[name] for name in names if name in tensors)
-        turned = partial(Blocks, raw=raw, make=self.blocks, size=self.size, dropout=self.dropout, orthogonal=self._is_exact)
-        if self.view == "lookup":  # rows are looked up and then turned, as a layer's outputs are
-            rows = turned(base.mT, side="output").mT
+        rotated = partial(Blocks, raw=raw, make=self.blocks, size=self.size, dropout=self.dropout, orthogonal=self._is_exact)
+        if self.view == "lookup":  # rows are looked up and then rotated, as a layer's outputs are
+            rows = rotated(base.mT, side="output").mT
             return Scaled(rows, tensors["rescale"].mT, "input") if self.rescale else rows
 
         def change(matrix: Weight) -> Weight:
-            made = turned(matrix, side=self.side)
+            made = rotated(matrix, side=self.side)
             return Scaled(made, tensors["rescale"].view(*made.shape[:-1], 1), "output") if self.rescale else made
 
         return on_matrix(base, self.view, change)
@@ -136,7 +136,7 @@ class OFT(MatrixMethod):
         return self.side == "output" or not self.neumann
 
     def _width(self, shape: torch.Size) -> int:
-        """How many features are turned."""
+        """How many features are rotated."""
         if self.view == "lookup":
             return shape[-1]
         return matrix_shape(shape, self.view)[-2 if self.side == "output" else -1]

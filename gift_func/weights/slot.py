@@ -53,7 +53,7 @@ def rule(*functions: TorchFunction) -> Callable[[Function], Function]:
 
 
 class Slot(Tensor):
-    """The placeholder tensor; `weight` is the value it stands for."""
+    """The placeholder tensor; `weight` is its structured weight."""
 
     weight: Weight
     _is_param: bool

@@ -121,7 +121,7 @@ def assert_formula(
     for name, a, b in zip(names, got, want, strict=True):
         assert b.abs().max() > 0, f"{name}: nothing to compare"
         assert_near(a, b, 1e-10, name)
-    # What rests between calls must follow an optimizer's step.
+    # Weights that stay bound between calls must follow an optimizer's step.
     for parameter, gradient in zip(tensors, got, strict=True):
         parameter.data.sub_(0.1 * gradient)
     stepped = torch.func.functional_call(copy.deepcopy(model), formula(adapted.adapter_state_dict()), inputs)
@@ -129,7 +129,7 @@ def assert_formula(
 
 
 def assert_drops_inputs(method: gf.Method, model: nn.Module, x: Tensor) -> None:
-    """Dropout, of a half, acts in training on what meets the change and on nothing else."""
+    """Dropout, of a half, acts in training on the input of the change and on nothing else."""
     adapted = shaken(gf.adapt(model, {"weight": method}))
     changed = adapted.merge()
     torch.manual_seed(5)

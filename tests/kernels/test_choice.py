@@ -1,4 +1,4 @@
-"""Layers of rotated weights and of shared shards in one piece: the formula, every derivative, and when they are taken."""
+"""Fused layers of rotated weights and of shared shards: the formula, every derivative, and when they are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layer = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def rotated_layer(orthogonal: bool) -> tuple[Layer, Layer]:
-    """The layer of a matrix's rotation by what stands above the diagonals of skew-symmetric blocks, and its formula."""
+    """The layer of a matrix's rotation by the elements above the diagonals of skew-symmetric blocks, and its formula."""
 
     def blocks(raw: Tensor) -> Tensor:
         return cayley(skew(raw, 4)) if orthogonal else neumann(skew(raw, 4), 5)
@@ -133,7 +133,7 @@ METHODS = [gf.OFT(4), gf.OFT(4, neumann=0), gf.OFT(4, block_share=True), gf.OFT(
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The layers that are computed in one piece."""
+    """The layers that are computed by a fused kernel."""
     seen: list[str] = []
 
     def spied(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

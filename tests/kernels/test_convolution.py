@@ -63,7 +63,7 @@ def close(found: object, wanted: object) -> None:
 
 
 def largest_kernel(run: Callable[[], object]) -> int:
-    """Output channels of the widest kernel that meets a gradient."""
+    """Output channels of the widest kernel that a gradient is computed for."""
     seen: list[int] = []
 
     class Kernels(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The low-rank linear layer in one piece: the same numbers, derivatives of every order, and where it steps aside."""
+"""The fused low-rank linear layer: the same numbers, derivatives of every order, and where it is not used."""
 
 from __future__ import annotations
 

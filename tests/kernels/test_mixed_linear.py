@@ -139,7 +139,7 @@ def test_jvp(sizes: tuple[int, ...], without: int, moved: tuple[int, ...]) -> No
         return call
 
     for tensor in (left, right):
-        tensor.requires_grad_()  # so that the function is met even where only x moves
+        tensor.requires_grad_()  # so that the function is called even if only x has a tangent
     primals = tuple(given[at] for at in moved)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):

@@ -120,7 +120,7 @@ def test_allocation_is_pure_and_keeps_exactly_the_budget() -> None:
     state = adapted_net(torch.float64).adapter_state_dict()
     before = {name: t.clone() for name, t in state.items()}
     nothing = Importance({n: torch.zeros_like(t) for n, t in state.items()}, {n: torch.zeros_like(t) for n, t in state.items()})
-    for budget in (0, 5, 18, 99):  # all scores equal: the number is kept none the less
+    for budget in (0, 5, 18, 99):  # all scores are equal: the number is still right
         made = allocate(state, nothing, budget)
         assert sum(int((t != 0).sum()) for n, t in made.items() if n.endswith("lora_E")) == min(budget, 18)
     assert all(torch.equal(t, before[name]) for name, t in state.items())
