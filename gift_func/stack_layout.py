@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -266,7 +265,7 @@ def _differs(method: WeightMethod, wide: WeightMethod, ranked: bool) -> str | No
     if type(method) is not type(wide):
         return "methods cannot be mixed"
     free = _MEANT_BY_RANK if ranked else ("init",)
-    own = {field.name: getattr(method, field.name) for field in fields(cast(Any, method)) if field.name in free}
+    own = {field.name: getattr(method, field.name) for field in fields(method) if field.name in free}
     if method == wide.replace(**own):
         return None
     return "only rank, scale and initialisation may differ" if ranked else "its tensors cannot be filled up with zeros"

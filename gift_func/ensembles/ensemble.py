@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -211,7 +211,7 @@ class Ensemble(nn.Module):
         return found
 
     def _drawing(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.generator is None else seeded(self.generator)
+        return seeded(self.generator)
 
     # --- members
 

@@ -13,7 +13,7 @@ from ..select import Site
 from ..weights import ScaledLowRank, Weight
 from .factored import LowRankMethod
 from .layout import Layout, matrix_of, rank_axes
-from .options import FrozenMap, check_whole
+from .options import FrozenMap
 from .rank_allocation import Importance as Importance
 from .rank_allocation import allocate as allocate
 from .rank_allocation import budget_at as budget_at
@@ -67,10 +67,6 @@ class AdaLoRA(LowRankMethod):
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
     layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

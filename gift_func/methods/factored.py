@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..select import Site
 from .layout import ConvLayout, Layout, layout_of
 from .matrix import TWO_FACTORS, MatrixMethod
+from .options import check_whole
 
 
 class FactoredMethod(MatrixMethod):
@@ -55,6 +56,10 @@ class LowRankMethod(FactoredMethod):
     rank: int
     alpha: float | None = None
     init: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole(self, "rank")
 
     @property
     def scale(self) -> float:

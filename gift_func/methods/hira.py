@@ -14,7 +14,7 @@ from ..weights import LowRank, Modulated, Weight
 from .factored import LowRankMethod
 from .layout import Layout, factors_of, rank_axes
 from .lora_init import first_factors
-from .options import FrozenMap, check_whole
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,6 @@ class HiRA(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
     layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         b, a = first_factors(self, site.parameter, generator)

@@ -14,7 +14,7 @@ from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .options import FrozenMap, check_whole
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,6 @@ class LoHa(LowRankMethod):
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
     layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

@@ -15,7 +15,7 @@ from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
 from .layout import Layout, matrix_of, rank_axes
-from .options import FrozenMap, check_whole
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class LoKr(LowRankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, "rank")
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
 

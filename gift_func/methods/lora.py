@@ -17,7 +17,7 @@ from .factored import LowRankMethod
 from .full import Full
 from .layout import ConvLayout, Layout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
-from .options import FrozenMap, check_whole
+from .options import FrozenMap
 from .weight_method import WeightMethod, by_shape
 
 
@@ -93,7 +93,6 @@ class LoRA(LowRankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, "rank")
         for value in (self.rank, *self.rank_pattern.values()):
             if self.init == "orthogonal" and value % 2:
                 raise AdaptError(f"init='orthogonal' splits the rank in two halves and needs an even one, got rank={value}")

@@ -14,7 +14,7 @@ from ..weights import ReplacedRows, Weight
 from .weight_method import WeightMethod
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class TrainableTokens(WeightMethod):
     """`W'[t_i] = θ_i` for the chosen tokens t, the other rows of W as they are.
 
@@ -40,10 +40,11 @@ class TrainableTokens(WeightMethod):
         PEFT's trainable tokens, whose tensors keep their name: replacements, in spite of it.
     """
 
-    token_indices: tuple[int, ...]
+    token_indices: Sequence[int]
 
-    def __init__(self, token_indices: Sequence[int]) -> None:
-        found = tuple(token_indices)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found = tuple(self.token_indices)
         if not found or len(set(found)) < len(found):
             raise AdaptError(f"token_indices needs at least one token, and each once, got {list(found)}")
         for token in found:

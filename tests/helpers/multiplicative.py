@@ -41,7 +41,7 @@ class Zoo(nn.Module):
 
 
 SITES = ["embed.weight", "lin.weight", "hf.weight", "conv.weight", "mha.in_proj_weight", "experts", "head.weight"]
-IDS = torch.tensor([[0, 3, 5, 5], [19, 7, 2, 3]])
+TOKENS = torch.tensor([[0, 3, 5, 5], [19, 7, 2, 3]])
 
 
 def zoo(dtype: torch.dtype = torch.float64) -> Zoo:
@@ -144,10 +144,7 @@ class Layers(nn.Module):
         return found
 
 
-TOKENS = torch.tensor([[0, 3, 5, 5], [19, 7, 2, 3]])
-
-
-def layers(groups: int = 1) -> Layers:
+def peft_net(groups: int = 1) -> Layers:
     torch.manual_seed(0)
     return Layers(groups)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, check_peft, layers, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, check_peft, peft_net, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -60,8 +60,8 @@ def dense(site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
 def test_formula(method: gf.BOFT, sites: list[str]) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(sites, method))
-    torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
-    check_by_hand(shaken(adapted), model, sites, dense, IDS)
+    torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    check_by_hand(shaken(adapted), model, sites, dense, TOKENS)
     assert gf.Method.from_dict(method.to_dict()) == method
 
 
@@ -74,7 +74,7 @@ def test_peft(theirs: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: None)  # it would try to compile
     ours = gf.BOFT(4) if theirs["boft_block_size"] else gf.BOFT(block_num=2)
     config = peft.BOFTConfig(target_modules=["lin", "conv"], **theirs)
-    check_peft(layers(), config, {"lin": ours, "conv": ours}, IDS)
+    check_peft(peft_net(), config, {"lin": ours, "conv": ours}, TOKENS)
 
 
 def test_permutations_are_those_of_peft() -> None:

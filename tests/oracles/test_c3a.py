@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, check_peft, layers, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, check_peft, peft_net, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -40,8 +40,8 @@ def test_formula(method: gf.C3A, sites: list[str]) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(sites, method))
     if method.init == "zeros":
-        torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
-    check_by_hand(shaken(adapted, by=1.0), model, sites, dense, IDS)
+        torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    check_by_hand(shaken(adapted, by=1.0), model, sites, dense, TOKENS)
     assert gf.Method.from_dict(method.to_dict()) == method
 
 
@@ -56,7 +56,7 @@ def test_formula_for_few_and_many_tokens(size: int, tokens: int) -> None:
 @pytest.mark.parametrize("size", [8, 4])
 def test_peft(size: int) -> None:
     config = peft.C3AConfig(target_modules=["lin"], block_size=size)
-    check_peft(layers(), config, {"lin": gf.C3A(size)}, IDS)
+    check_peft(peft_net(), config, {"lin": gf.C3A(size)}, TOKENS)
 
 
 @pytest.mark.parametrize("init", ["xavier_uniform", "kaiming_uniform", "gaussian"])

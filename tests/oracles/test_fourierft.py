@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, check_peft, layers, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, check_peft, peft_net, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -36,8 +36,8 @@ def test_formula(method: gf.FourierFT) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(SITES, method))
     if method.init == "zeros":
-        torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
-    check_by_hand(shaken(adapted), model, SITES, partial(dense, method.scaling), IDS)
+        torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    check_by_hand(shaken(adapted), model, SITES, partial(dense, method.scaling), TOKENS)
     assert gf.Method.from_dict(method.to_dict()) == method
 
 
@@ -55,7 +55,7 @@ def test_peft() -> None:
     config = peft.FourierFTConfig(target_modules=["lin", "hf"], n_frequency=20, scaling=20.0)
     # The places are not in PEFT's file: ours are drawn as its are.
     ours = gf.FourierFT(20, scaling=20.0)
-    check_peft(layers(), config, {"lin": ours, "hf": ours}, IDS)
+    check_peft(peft_net(), config, {"lin": ours, "hf": ours}, TOKENS)
 
 
 def test_laws(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, check_peft, layers, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, check_peft, peft_net, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -38,8 +38,8 @@ def test_formula(method: gf.HRA) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(SITES, method))
     if method.starts_as_base:
-        torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
-    check_by_hand(shaken(adapted), model, SITES, partial(dense, method.apply_gs), IDS)
+        torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    check_by_hand(shaken(adapted), model, SITES, partial(dense, method.apply_gs), TOKENS)
     assert gf.Method.from_dict(method.to_dict()) == method
 
 
@@ -49,7 +49,7 @@ def test_formula(method: gf.HRA) -> None:
 def test_peft(gs: bool, rank: int) -> None:
     config = peft.HRAConfig(r=rank, target_modules=["lin", "conv"], apply_GS=gs)
     ours = gf.HRA(rank, apply_gs=gs)
-    check_peft(layers(), config, {"lin": ours, "conv": ours}, IDS)
+    check_peft(peft_net(), config, {"lin": ours, "conv": ours}, TOKENS)
 
 
 @pytest.mark.parametrize("method", [gf.HRA(4), gf.HRA(3, apply_gs=True)], ids=str)

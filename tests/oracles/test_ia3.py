@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, layers, peft_oracle, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, peft_net, peft_oracle, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -33,23 +33,23 @@ def dense(side: str, site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
 def test_formula(side: Any) -> None:
     model = zoo()
     adapted = gf.adapt(model, {s: gf.IA3(side=side) for s in SITES})
-    torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
     # On the output side the bias goes along: by the weight's own tensor, and there is no other.
     assert len(adapted.adapter) == len(SITES)
     biases = ["lin.bias", "hf.bias", "conv.bias", "mha.in_proj_bias"] if side == "output" else []
-    check_by_hand(shaken(adapted), model, [*SITES, *biases], lambda *a: dense(side, *a), IDS)
+    check_by_hand(shaken(adapted), model, [*SITES, *biases], lambda *a: dense(side, *a), TOKENS)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_peft(groups: int) -> None:
-    model = layers(groups)
+    model = peft_net(groups)
     names = ["lin", "hf", "conv"]
     for side, feedforward in (("output", []), ("input", names)):
         config = peft.IA3Config(target_modules=names, feedforward_modules=feedforward)
         with pytest.warns(UserWarning, match="fan_in_fan_out"):
             oracle, state = peft_oracle(model, config)
         adapted = gf.adapt(model, {name: gf.IA3(side=side) for name in names})  # type: ignore[arg-type]
-        torch.testing.assert_close(adapted.with_adapter(state)(IDS), oracle(IDS), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(adapted.with_adapter(state)(TOKENS), oracle(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 def test_laws(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, check_peft, layers, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, check_peft, peft_net, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -50,8 +50,8 @@ def dense(mode: str, site: str, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
 def test_formula(method: gf.MiSS, sites: list[str]) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(sites, method))
-    torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
-    check_by_hand(shaken(adapted), model, sites, partial(dense, method.mode), IDS)
+    torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    check_by_hand(shaken(adapted), model, sites, partial(dense, method.mode), TOKENS)
     assert gf.Method.from_dict(method.to_dict()) == method
 
 
@@ -66,7 +66,7 @@ def test_formula(method: gf.MiSS, sites: list[str]) -> None:
     ids=str,
 )
 def test_peft(ours: gf.MiSS, theirs: dict[str, Any]) -> None:
-    check_peft(layers(), peft.MissConfig(target_modules=["lin"], **theirs), {"lin": ours}, IDS)
+    check_peft(peft_net(), peft.MissConfig(target_modules=["lin"], **theirs), {"lin": ours}, TOKENS)
 
 
 @pytest.mark.parametrize("method", [gf.MiSS(3), gf.MiSS(2, mode="mini", mini_rank=2), gf.MiSS(4, mode="bat")], ids=str)
@@ -82,10 +82,10 @@ def test_dropout_acts_in_training_only(method: gf.MiSS) -> None:
     sites = ["lin.weight", "hf.weight", "mha.in_proj_weight", "experts"]
     adapted = shaken(gf.adapt(model, dict.fromkeys(sites, method)))
     adapted.train()
-    outputs = torch.stack([adapted(IDS) for _ in range(20)])
+    outputs = torch.stack([adapted(TOKENS) for _ in range(20)])
     assert outputs.std(0).min() > 1e-4
     adapted.eval()
-    torch.testing.assert_close(adapted(IDS), adapted.merge()(IDS))
+    torch.testing.assert_close(adapted(TOKENS), adapted.merge()(TOKENS))
     with pytest.raises(gf.AdaptError, match="dropout=0 on a Embedding"):
         gf.adapt(model, {"embed.weight": method})
     with pytest.raises(gf.AdaptError, match="dropout=0 on a Conv2d"):

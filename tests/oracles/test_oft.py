@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multiplicative import IDS, SITES, check_by_hand, check_laws, check_peft, layers, shaken, zoo
+from helpers.multiplicative import SITES, TOKENS, check_by_hand, check_laws, check_peft, peft_net, shaken, zoo
 from torch import Tensor, nn
 
 import gift_func as gf
@@ -85,8 +85,8 @@ METHODS = [
 def test_formula(method: gf.OFT) -> None:
     model = zoo()
     adapted = gf.adapt(model, dict.fromkeys(SITES, method))
-    torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-12, atol=1e-12)
-    check_by_hand(shaken(adapted), model, SITES, partial(dense, method), IDS)
+    torch.testing.assert_close(adapted(TOKENS), model(TOKENS), rtol=1e-12, atol=1e-12)
+    check_by_hand(shaken(adapted), model, SITES, partial(dense, method), TOKENS)
     assert gf.Method.from_dict(method.to_dict()) == method
 
 
@@ -109,19 +109,19 @@ def test_peft(ours: gf.OFT, theirs: dict[str, Any]) -> None:
     # PEFT's convolution turns overlapping patches of the image and adds them up; what it merges is the formula. So the
     # convolution is compared after merging, below.
     names = ["embed", "lin"]
-    check_peft(layers(), peft.OFTConfig(target_modules=names, **theirs), dict.fromkeys(names, ours), IDS)
+    check_peft(peft_net(), peft.OFTConfig(target_modules=names, **theirs), dict.fromkeys(names, ours), TOKENS)
 
 
 def test_peft_convolution_merged() -> None:
-    model = layers()
+    model = peft_net()
     config = peft.OFTConfig(target_modules=["conv"], oft_block_size=4)
-    oracle = peft.get_peft_model(layers(), config)
+    oracle = peft.get_peft_model(peft_net(), config)
     for p in oracle.parameters():
         if p.requires_grad:
             p.data.normal_(std=0.3)
     state = {"conv.oft_R": oracle.base_model.model.conv.oft_R["default"].weight.detach().clone()}
     adapted = gf.adapt(model, {"conv": gf.OFT(4)}).with_adapter(state)
-    torch.testing.assert_close(adapted(IDS), oracle.merge_and_unload()(IDS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapted(TOKENS), oracle.merge_and_unload()(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (8, 3, 3, 3)])

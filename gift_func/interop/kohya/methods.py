@@ -43,9 +43,6 @@ class WeightNormed(OnBase):
         gain = self.magnitude / torch.where(norm > 0, norm, 1)  # rows of zeros stay zero, where 0/0 would be NaN
         return (self.base.dense() * gain).to(self.dtype)
 
-    def eval(self) -> Weight:
-        return WeightNormed(self.base.eval(), self.magnitude, self.side)
-
 
 @dataclass(frozen=True)
 class Decomposed(WeightMethod):
