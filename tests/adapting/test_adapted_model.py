@@ -778,3 +778,22 @@ def test_the_mode_in_which_it_is_switched_costs_no_gradient(mode: Any) -> None:
         adapted.train()
     adapted(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in adapted.parameters())
+
+
+def test_names_of_ours_hide_few_of_the_models() -> None:
+    """What an adapted model has besides a module is the contract's, or unlikely to be anybody else's name."""
+    own = {name for name in {*dir(gf.AdaptedModel), *vars(gf.adapt(nn.Linear(2, 2), gf.LoRA(rank=1)))} if name[0] != "_"}
+    contract = {"adapter_state_dict", "base", "load_adapter_state_dict", "merge", "named_trainable_parameters", "strategy",
+                "summary", "trainable_parameters", "with_adapter"}  # fmt: skip
+    helpers = {"adapted_parameters", "copy_pool", "frozen_base", "frozen_with_adapter", "functional_call", "structured_weights",
+               "to_adapter"}  # fmt: skip
+    assert own - set(dir(nn.Module)) - set(vars(nn.Module())) == contract | helpers
+
+
+def test_attributes_of_the_model_that_helpers_once_hid() -> None:
+    class Named(nn.Linear):
+        parts, pure, buffer_names, module, body, layout = "parts", "pure", "names", "module", "body", "layout"
+
+    adapted = gf.adapt(Named(2, 2), gf.LoRA(rank=1))
+    for name in ("parts", "pure", "buffer_names", "module", "body", "layout"):
+        assert getattr(adapted, name) == getattr(Named, name)

@@ -142,7 +142,7 @@ ADAPT: dict[str, tuple[Callable[[], Any], Any, str]] = {
     ),
     "an empty dict": (MLP, {}, r"a strategy needs at least one rule"),
     "an empty list": (MLP, [], r"a strategy needs at least one rule"),
-    "rules of the seed that never hold": (
+    "rules of GIFt that never hold": (
         MLP,
         [(lambda *_: False, lambda *_: None)],
         r"no check of the strategy's 1 rules holds.*Linear, MLP, Sequential, Tanh",

@@ -1,4 +1,4 @@
-"""The seed's names: strategies, factories, utils, and what actions may do without the user's model feeling it."""
+"""GIFt's names: strategies, factories, utils, and what actions may do without the user's model feeling it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def never(*where: object) -> bool:
 
 
 def told_by_the_seed() -> str:
-    """What the seed's README prints below its first example of a strategy."""
+    """What GIFt's README prints below its first example of a strategy."""
     line = "_" * 50
     linear = "Linear(in_features=10, out_features=10, bias=True)"
     conv = "Conv2d(10, 10, kernel_size=(3, 3), stride=(1, 1))"
@@ -224,7 +224,7 @@ def test_subclasses_are_taken_and_class_names_are_not_compared() -> None:
     model = nn.Sequential(nn.MultiheadAttention(4, 1), Wide(4, 4))
     adapted = gf.adapt(model, st.LoRALinearFineTuningStrategy())
     assert [name for name in adapted.adapter if "lora_A" in name] == ["0.out_proj.lora_A", "1.lora_A"]
-    # While the seed's own check is what it says:
+    # While GIFt's own check is what it says:
     with pytest.raises(gf.AdaptError, match="no check of the strategy's 1 rules holds"):
         gf.adapt(model, [(fts.c_cname_func("Linear"), fts.a_adapt(gf.LoRA(rank=1)))])
 
@@ -311,7 +311,7 @@ def test_nothing_leaks_between_strategies_or_out_of_one() -> None:
     assert first.paras() == {"sizes": {"width": 2, "of": [1]}}
     assert second.paras() == {"sizes": {"width": 9, "of": [1]}}
     assert len(first) == len(second) == 1
-    # The seed's own leak: rules registered on one strategy appeared in a new one.
+    # GIFt's own leak: rules registered on one strategy appeared in a new one.
     assert len(st.FineTuningStrategy([])) == 0
 
 

@@ -396,3 +396,59 @@ def test_mini_lm_with_masks_on_one_batch_and_on_each_members_own(padding: str) -
             assert (stacked is None) == (parameter.grad is None) == name.startswith("pooler")
             if stacked is not None and parameter.grad is not None:
                 assert_close(stacked[index], parameter.grad, 1e-9, name)
+
+
+# --- the verbs of a model
+
+
+def test_states_of_an_ensemble() -> None:
+    ens = gf.stack(uneven("LoRA ranks in places"))
+    wanted = ens(X).detach()
+    state = {name: tensor.clone() for name, tensor in ens.adapter_state_dict().items()}
+    assert state.keys() == dict(ens.adapter.items()).keys()
+    assert all(tensor is not None and not tensor.requires_grad for tensor in ens.adapter_state_dict().values())
+    optimizer = torch.optim.SGD(ens.trainable_parameters(), lr=0.1)
+    ens(X).square().sum().backward()
+    optimizer.step()
+    assert (ens(X) - wanted).abs().max() > 1e-3
+    before = dict(ens.adapter.items())
+    assert ens.load_adapter_state_dict(state) == ([], [])
+    assert all(parameter is before[name] for name, parameter in ens.adapter.items()), "an optimizer would have lost them"
+    assert torch.equal(ens(X), wanted)
+    name = next(iter(state))
+    with pytest.raises(gf.StateError, match="the state lacks 1 of the adapter's"):
+        ens.load_adapter_state_dict({key: tensor for key, tensor in state.items() if key != name})
+    with pytest.raises(gf.StateError, match="has shape"):
+        ens.load_adapter_state_dict({**state, name: state[name][:1]})
+    assert ens.load_adapter_state_dict({"no": X}, strict=False) == (list(state), ["no"])
+
+
+def test_statistics_in_the_state_of_an_ensemble() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    ens = gf.stack(members_of(model, gf.LoRA(rank=1), gf.LoRA(rank=2)))
+    assert "1.running_mean" not in ens.adapter_state_dict(), "nobody has trained yet"
+    ens.train()(X)
+    state = {name: tensor.clone() for name, tensor in ens.adapter_state_dict().items()}
+    assert state["1.running_mean"].shape == (2, 6)
+    wanted = ens.eval()(X)
+    ens.train()(X + 1)
+    assert (ens.eval()(X) - wanted).abs().max() > 1e-3
+    ens.load_adapter_state_dict(state)
+    assert torch.equal(ens(X), wanted)
+    ens.load_adapter_state_dict({name: tensor for name, tensor in state.items() if name in ens.adapter})
+    assert "1.running_mean" not in ens.adapter_state_dict(), "buffers that a state does not name become the base's"
+
+
+def test_merging_a_member_and_the_summary() -> None:
+    ens = gf.stack(uneven("LoRA ranks in places"))
+    for index in (0, 1, -1):
+        merged = ens.merge(index)
+        assert type(merged) is type(nn_mlp())
+        assert_close(merged(X), ens(X)[index], 1e-10)
+    with pytest.raises(IndexError, match="there is no member 7"):
+        ens.merge(7)
+    text = ens.summary()
+    trained = sum(parameter.numel() for parameter in ens.trainable_parameters())
+    assert f"{len(ens)} members" in text
+    assert f"trained: {trained:,} parameters" in text

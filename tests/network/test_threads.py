@@ -363,3 +363,49 @@ def test_generators_in_one_thread() -> None:
     with unchanged(model):
         work(0)
         run_all(work, 4)
+
+
+class Noting(nn.Module):
+    """A network that writes a buffer and an attribute in its forward, and reads them later in the same call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = x.mean()
+        self.total += x.sum()
+        return self.head(self.inner(x)) * self.scale + self.total  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["on the model", "on top of another adapter"])
+@pytest.mark.parametrize("holder", ["model", "ensemble", "bank"])
+def test_the_base_at_once(holder: str, on_top: bool) -> None:
+    """`x.base(input)` of every holder: no call sees what another one writes, be it a buffer, an attribute or a fused weight."""
+    torch.manual_seed(0)
+    model: nn.Module = Noting().double().eval()
+    if on_top:
+        model = shake(gf.adapt(model, {"inner.linear1": gf.LoRA(rank=2), "head": gf.IA3()})).eval()
+    adapted = shake(gf.adapt(model, gf.LoRA(rank=2))).eval()
+    base = {
+        "model": lambda: adapted.base,
+        "ensemble": lambda: gf.stack([adapted, adapted]).eval().base,
+        "bank": lambda: gf.AdapterBank({"a": adapted}).eval().base,
+    }[holder]()
+    inputs = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(8)]
+    wanted = {}
+    for grad in (False, True):  # without gradients torch's fused kernels run, on dense weights
+        with torch.set_grad_enabled(grad):
+            wanted[grad] = [bits(base(x)) for x in inputs]
+
+    def work(index: int) -> None:
+        for call in range(60):
+            place, grad = (index + call) % len(inputs), bool(call % 2)
+            with torch.set_grad_enabled(grad):
+                found = (base if call % 3 else base.forward)(inputs[place])
+            assert bits(found) == wanted[grad][place], (place, grad)
+
+    run_all(work)
+    assert not bool(base.total.any()), "a frozen base keeps the buffers it came with"
