@@ -12,6 +12,8 @@
 - `_disable_current_modes`: nor can what is made under a mode such as that of fake tensors.
 - `temporarily_pop_interpreter_stack`, `_add_batch_dim`: an `autograd.Function` costs 200 microseconds more inside of a
   `torch.vmap` than outside; where that is the only transform, its rule can be run outside.
+- `_dynamo_marked_constant`, `_torchdynamo_disable`: what `torch.compiler.assume_constant_result` and
+  `torch.compiler.disable` set on a function. As decorators these import torch._dynamo, which takes as long as importing torch.
 - `CheckpointFunction`: a reentrant checkpoint whose inputs need no gradient loses the gradients of
   everything inside it; its frame on the stack is the only trace.
 """
@@ -19,9 +21,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,3 +114,29 @@ def inside_gradless_checkpoint() -> bool:
             return not any(frame.f_locals["ctx"].needs_input_grad)
         frame = frame.f_back
     return False
+
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Decorated) -> Decorated:
+    """`torch.compiler.assume_constant_result`: Dynamo runs the function while it traces, and puts its result into the graph."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+def outside_graphs(reason: str) -> Callable[[Decorated], Decorated]:
+    """`torch.compiler.disable`: Dynamo ends the graph before the function, and does not compile what it calls either."""
+
+    def decorate(function: Decorated) -> Decorated:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:  # nobody compiles
+                return function(*args, **kwargs)
+            return torch.compiler.disable(function, reason=reason)(*args, **kwargs)
+
+        marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_recursive": True, "_torchdynamo_disable_msg": reason}
+        vars(call).update(marks)
+        return call  # type: ignore[return-value]
+
+    return decorate

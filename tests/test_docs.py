@@ -103,3 +103,14 @@ def test_the_version_where_nothing_is_installed() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "0+unknown"
+
+
+def test_importing_the_package_imports_little() -> None:
+    """Not Dynamo, which takes as long as torch, and no other library than the three that the core needs."""
+    code = (
+        "import sys, torch, einops, safetensors; before = {*sys.modules}; import gift_func; print(*sys.modules.keys() - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    roots = {name.split(".")[0] for name in ran.stdout.split()} - set(sys.stdlib_module_names)
+    assert roots <= {"gift_func", "torch", "safetensors", "einops"}, roots
+    assert not [name for name in ran.stdout.split() if name.startswith(("torch._dynamo", "torch._inductor"))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch import outside_graphs
 from ..adapted_model import AdaptedModel, IncompatibleKeys, check_state
 from ..adapter import Adapter
 from ..adapter_dict import AdapterDict
@@ -92,7 +93,7 @@ class Ensemble(nn.Module):
         """
         return self._call(self.adapter.current(), None, args, kwargs, mapped=True)
 
-    @torch.compiler.disable(reason="no graph holds it; gf.AdapterBank(...).prepare() is for that")  # type: ignore[untyped-decorator]
+    @outside_graphs("no graph holds it; gf.AdapterBank(...).prepare() is for that")
     def mix(self, *args: Any, members: Sequence[int | None] | Tensor, **kwargs: Any) -> Any:
         """A batch whose samples have members of their own, in one pass, as a bank runs them: forward and backward.
 

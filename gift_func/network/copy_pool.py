@@ -11,7 +11,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
-from .._torch import lasting_outside, without_modes
+from .._torch import constant_in_graphs, lasting_outside, without_modes
 from ..weights.call import Call, calling
 from .frozen_base import FrozenBase
 from .modes import Modes, modes_of, set_modes
@@ -101,7 +101,7 @@ class CopyPool:
         """Which modules and parameters there are, only to be read: tensors and training modes may be others than the copy's."""
         return self.base.tree if self._own is None else self._own
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @constant_in_graphs
     def ready(self) -> bool:
         """Make the resting copy now. Dynamo runs this where it could not trace the making."""
         return self.tree is not None
