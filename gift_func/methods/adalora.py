@@ -12,7 +12,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import ScaledLowRank, Weight
 from .factored import LowRankMethod
-from .layout import Layout, matrix_of, rank_axes
+from .layout import matrix_of, rank_axes
 from .options import FrozenMap
 from .rank_allocation import Importance as Importance
 from .rank_allocation import allocate as allocate
@@ -66,7 +66,6 @@ class AdaLoRA(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Blocks, Scaled, Weight, cayley
-from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .options import check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,16 @@ class BOFT(MatrixMethod):
         Dropout leaves out every block independently, where the paper leaves out a fixed share of one factor's.
     """
 
+    whole = ("block_size", "n_butterfly_factor", "block_num")
+
     block_size: int = 4
     _: KW_ONLY
     block_num: int | None = None
     n_butterfly_factor: int = 1
     dropout: float = 0.0
-    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, "block_size")
-        check_whole(self, "n_butterfly_factor")
-        if self.block_num is not None:
-            check_whole(self, "block_num")
         if self.n_butterfly_factor > 1 and self.block_num is None and self.block_size % 2:
             raise AdaptError(f"several butterfly factors split blocks in two and need an even size, got {self.block_size}")
 
@@ -76,9 +71,6 @@ class BOFT(MatrixMethod):
                 factors = f" and n_butterfly_factor={self.n_butterfly_factor}" if several else ""
                 return f"a {need}{factors} whose blocks, of even size where there are several factors, divide its width {width}"
         return super().why_not(site)
-
-    def for_site(self, site: Site) -> Self:
-        return self.replace(view="lookup" if is_lookup(site) else view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         dtype, device = site.parameter.dtype, site.parameter.device

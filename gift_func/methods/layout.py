@@ -9,21 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..select import Site
-from .matrix import HF_CONV1D, is_kernel
-from .method import is_a
-
 ConvLayout = Literal["kernel", "balanced"]
 Layout = Literal["matrix", "transposed", "stacked", "kernel", "balanced"]
-
-
-def layout_of(site: Site, conv: ConvLayout = "kernel") -> Layout:
-    """How a site's parameter is seen as a matrix, or as a stack of matrices."""
-    if is_a(site.module, HF_CONV1D):
-        return "transposed"
-    if is_kernel(site):
-        return conv
-    return "stacked" if site.parameter.ndim > 2 else "matrix"
 
 
 def matrix_of(shape: torch.Size, layout: Layout) -> tuple[list[int], int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
-from .layout import Layout, matrix_of, rank_axes
+from .layout import matrix_of, rank_axes
 from .options import FrozenMap
 
 
@@ -68,7 +68,6 @@ class LoHa(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank

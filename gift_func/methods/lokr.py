@@ -14,7 +14,7 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
-from .layout import Layout, matrix_of, rank_axes
+from .layout import matrix_of, rank_axes
 from .options import FrozenMap
 
 
@@ -80,7 +80,6 @@ class LoKr(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,6 @@ from ..seeding import sample
 from ..select import Site
 from ..weights import SparseDelta, Weight
 from .matrix import MatrixMethod
-from .options import check_whole
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,12 @@ class SHiRA(MatrixMethod):
 
     frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
     needs = "a parameter of at least 2 dimensions"
+    whole = ("rank",)
 
     rank: int = 32
     _: KW_ONLY
     scale: float = 1.0
     random_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim < 2:
