@@ -28,12 +28,7 @@ class LowRank(OnBase):
     """
 
     def __init__(
-        self,
-        base: Weight | Tensor,
-        left: Tensor,
-        right: Tensor,
-        scale: float | Tensor = 1.0,
-        dropout: float = 0.0,
+        self, base: Weight | Tensor, left: Tensor, right: Tensor, scale: float | Tensor = 1.0, dropout: float = 0.0
     ) -> None:
         self.base = as_weight(base)
         self.left = left
