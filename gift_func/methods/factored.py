@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..select import Site
-from .layout import ConvLayout, Layout
-from .matrix import TWO_FACTORS, MatrixMethod
+from .layout import ConvLayout
+from .matrix import TWO_FACTORS, MatrixMethod, View
 
 
 class FactoredMethod(MatrixMethod):
-    """A method whose change is a product of factors, which fit the parameter by a `Layout`.
+    """A method whose change is a product of factors, which fit the parameter by a layout.
 
     Attributes:
         conv: the layout of kernels; `"kernel"` for methods without such a field.
@@ -33,7 +33,7 @@ class FactoredMethod(MatrixMethod):
         return missing
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> View:
         """How the parameter is seen as a matrix, or as a stack of matrices."""
         if self.view == "kernel":
             return self.conv

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
-from .layout import matrix_of, rank_axes
+from .layout import rank_axes
+from .matrix import matrix_shape
 from .options import FrozenMap
 
 
@@ -71,7 +72,7 @@ class LoHa(LowRankMethod):
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
-        lead, rows, columns = matrix_of(parameter.shape, self.layout)
+        *lead, rows, columns = matrix_shape(parameter.shape, self.layout)
         tucker = self.use_effective_conv2d and self.layout == "kernel" and prod(parameter.shape[2:]) > 1
         shapes = {"a": (*lead, rows, r), "b": (*lead, r, columns)}
         if tucker:

@@ -8,14 +8,14 @@ from math import prod
 from typing import ClassVar, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..select import Site
 from ..weights import Reshaped, Weight
 from .method import is_a
-from .weight_method import WeightMethod, is_computed
+from .weight_method import WeightMethod
 
-View = Literal["matrix", "stacked", "transposed", "lookup", "kernel"]
+View = Literal["matrix", "stacked", "transposed", "lookup", "kernel", "balanced"]
 
 HF_CONV1D = "transformers.pytorch_utils.Conv1D"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,8 +44,10 @@ class MatrixMethod(WeightMethod):
         return layer and site.param_name == "weight"
 
     def computed_weight_name(self, module: nn.Module) -> str | None:
-        layer = isinstance(module, (nn.Linear, *CONVOLUTIONS))
-        return "weight" if layer and is_computed(module, "weight") else None
+        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or "weight" in module._parameters:
+            return None
+        computed = isinstance(module.__dict__.get("weight"), Tensor)  # by weight_norm or spectral_norm
+        return "weight" if computed or nn.utils.parametrize.is_parametrized(module, "weight") else None
 
     def why_not(self, site: Site) -> str | None:
         return self.needs if site.parameter.ndim < 2 else super().why_not(site)
@@ -69,8 +71,13 @@ def view_of(site: Site) -> View:
 
 
 def matrix_shape(shape: torch.Size, view: View) -> torch.Size:
-    """Shape of the matrix that `on_matrix` works on: `(..., out, in)`."""
-    if view == "kernel":
+    """Shape of a parameter seen as a matrix, or a stack of matrices: `(..., out, in)`.
+
+    A kernel has a row for each output channel, or is read as a matrix that is about square.
+    """
+    if view == "balanced" and len(shape) > 3:
+        return torch.Size([shape[0] * shape[2], shape[1] * prod(shape[3:])])
+    if view in ("kernel", "balanced"):
         return torch.Size([shape[0], prod(shape[1:])])
     return torch.Size([*shape[:-2], shape[-1], shape[-2]]) if view in ("transposed", "lookup") else shape
 

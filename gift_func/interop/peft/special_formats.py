@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import AdaptError, FileError
 from ...initialise import shared_name
 from ...methods import AdaLoRA, NormTuning, TrainableTokens, VeRA, WeightMethod
-from ...methods.layout import matrix_of
+from ...methods.matrix import matrix_shape
 from ...select import Site
 from . import config as configs
 from .config import Config
@@ -116,7 +116,7 @@ class VeRAFormat(FileFormat):
         else:
             shared = next(iter(rules)).shared_tensors(every) if rules else {}
         for index, (rule, sites) in enumerate(rules.items()):
-            shapes = [matrix_of(site.parameter.shape, rule.for_site(site).layout)[1:] for site in sites]
+            shapes = [matrix_shape(site.parameter.shape, rule.for_site(site).layout)[-2:] for site in sites]
             rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
             for name, tensor in shared.items():
                 own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]
