@@ -61,7 +61,11 @@ class StackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_right = thin @ x
         if ctx.needs_input_grad[0]:
-            grad_x = thin.mT @ right if grad_y is None else _through(grad_y, weight, thin, right)
+            if grad_y is None:
+                grad_x = thin.mT @ right
+            else:
+                grad_x = (grad_y.reshape(-1, grad_y.shape[-1]) @ weight).view(*grad_y.shape[:-1], -1)
+                grad_x = torch.baddbmm(grad_x, thin.mT, right) if torch.is_grad_enabled() else grad_x.baddbmm_(thin.mT, right)
             grad_x = grad_x.sum(0) if x.ndim == 2 else grad_x
         return grad_x, None, grad_bias, grad_left, grad_right, None
 
@@ -146,11 +150,3 @@ def vmap_over(function: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any,
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     h = right @ x.mT
     return F.linear(x, weight, bias) + scale * (h.mT @ left.mT), h
-
-
-def _through(grad_y: Tensor, weight: Tensor, thin: Tensor, right: Tensor) -> Tensor:
-    """`grad_y·W + thinᵀ·A`: the gradient of x."""
-    grad_x = (grad_y.reshape(-1, grad_y.shape[-1]) @ weight).view(*grad_y.shape[:-1], -1)
-    if torch.is_grad_enabled():
-        return torch.baddbmm(grad_x, thin.mT, right)
-    return grad_x.baddbmm_(thin.mT, right)

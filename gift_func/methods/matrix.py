@@ -53,27 +53,21 @@ class MatrixMethod(WeightMethod):
         return self.needs if site.parameter.ndim < 2 else super().why_not(site)
 
     def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(view=view_of(site))
-
-
-def view_of(site: Site) -> View:
-    """How a site's parameter is seen as a matrix `(..., out, in)`, or as a stack of matrices.
-
-    transformers' Conv1D and embeddings, whose outputs are rows, store `(in, out)`; a kernel has a row for each output channel.
-    """
-    if isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight":
-        return "kernel"
-    if is_a(site.module, HF_CONV1D):
-        return "transposed"
-    if isinstance(site.module, (nn.Embedding, nn.EmbeddingBag)):
-        return "lookup"
-    return "stacked" if site.parameter.ndim > 2 else "matrix"
+        view: View = "stacked" if site.parameter.ndim > 2 else "matrix"
+        if isinstance(site.module, nn.modules.conv._ConvNd) and site.param_name == "weight":
+            view = "kernel"
+        elif is_a(site.module, HF_CONV1D):
+            view = "transposed"
+        elif isinstance(site.module, (nn.Embedding, nn.EmbeddingBag)):
+            view = "lookup"
+        return super().for_site(site).replace(view=view)
 
 
 def matrix_shape(shape: torch.Size, view: View) -> torch.Size:
     """Shape of a parameter seen as a matrix, or a stack of matrices: `(..., out, in)`.
 
-    A kernel has a row for each output channel, or is read as a matrix that is about square.
+    transformers' Conv1D and embeddings, whose outputs are rows, store `(in, out)`. A kernel has a row for each output
+    channel, or is read as a matrix that is about square.
     """
     if view == "balanced" and len(shape) > 3:
         return torch.Size([shape[0] * shape[2], shape[1] * prod(shape[3:])])

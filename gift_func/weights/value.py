@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import AdaptError
+
 Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Index = Any
 Side = Literal["output", "input"]
@@ -194,6 +196,34 @@ class OnBase(Weight):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+
+class InputDropout(OnBase):
+    """`W + s·change`, whose change drops features of an operation's input in training: then it has no dense form.
+
+    Attributes:
+        scale: s.
+        dropout: probability of dropping an input feature of the change.
+    """
+
+    scale: float | Tensor = 1.0
+    dropout: float
+
+    @abstractmethod
+    def change(self) -> Tensor:
+        """The change without its scale and dropout, of the base's shape."""
+
+    @property
+    def needs_input(self) -> bool:
+        return bool(self.dropout) or self.base.needs_input
+
+    def dense(self) -> Tensor:
+        if self.dropout:
+            raise AdaptError(
+                f"dropout={self.dropout} acts on an operation's input, and this operation reads the weight of shape "
+                f"{tuple(self.shape)} as a whole. Give this site a method without dropout, or call eval()."
+            )
+        return add_scaled(self.base.dense(), self.change(), self.scale)
 
 
 class Transposed(OnBase):
