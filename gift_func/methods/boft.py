@@ -62,7 +62,8 @@ class BOFT(MatrixMethod):
 
     def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim >= 2:
-            width = self.for_site(site)._shape(site.parameter.shape)[-1]
+            view = self.for_site(site).view
+            width = matrix_shape(site.parameter.shape, view)[-2 if view == "lookup" else -1]
             size = self.block_size if self.block_num is None else width // self.block_num
             several = self.n_butterfly_factor > 1
             step = size * 2 ** (self.n_butterfly_factor - 1)
@@ -74,11 +75,11 @@ class BOFT(MatrixMethod):
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         dtype, device = site.parameter.dtype, site.parameter.device
-        *lead, rows, columns = self._shape(site.parameter.shape)
-        size = self.block_size if self.block_num is None else columns // self.block_num
-        blocks = torch.zeros(*lead, self.n_butterfly_factor, columns // size, size, size, dtype=dtype, device=device)
-        outputs = columns if self.view == "lookup" else rows
-        factors = (1, outputs) if self.view == "kernel" else (*lead, outputs, 1)
+        *lead, rows, columns = matrix_shape(site.parameter.shape, self.view)
+        width = rows if self.view == "lookup" else columns
+        size = self.block_size if self.block_num is None else width // self.block_num
+        blocks = torch.zeros(*lead, self.n_butterfly_factor, width // size, size, size, dtype=dtype, device=device)
+        factors = (1, rows) if self.view == "kernel" else (*lead, rows, 1)
         return {"boft_R": blocks, "boft_s": torch.ones(factors, dtype=dtype, device=device)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
@@ -88,10 +89,6 @@ class BOFT(MatrixMethod):
             return Scaled(rotated(base.mT, raw, blocks, raw.shape[-1], "output").mT, s.mT, "input")
         s = s.mT if self.view == "kernel" else s
         return on_matrix(base, self.view, lambda w: Scaled(rotated(w, raw, blocks, raw.shape[-1]), s, "output"))
-
-    def _shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the matrix whose columns are rotated."""
-        return shape if self.view == "lookup" else matrix_shape(shape, self.view)
 
 
 def blocks(raw: Tensor) -> Tensor:

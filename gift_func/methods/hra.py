@@ -89,4 +89,4 @@ class HRA(MatrixMethod):
         return u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)
 
     def _width(self, shape: torch.Size) -> int:
-        return shape[-1] if self.view == "lookup" else matrix_shape(shape, self.view)[-1]
+        return matrix_shape(shape, self.view)[-2 if self.view == "lookup" else -1]

@@ -79,8 +79,13 @@ class OFT(MatrixMethod):
 
     def for_site(self, site: Site) -> Self:
         here = super().for_site(site)
-        width = here._width(site.parameter.shape)
-        size = here._size(width)
+        # Of an embedding the features are rotated, which are its outputs.
+        side = -2 if self.side == "output" or here.view == "lookup" else -1
+        width = matrix_shape(site.parameter.shape, here.view)[side]
+        asked = self.block_size if self.block_num is None else self.block_num
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        found = min(divisors, key=lambda d: (abs(d - asked), d))
+        size = found if self.block_num is None else width // found
         return here.replace(size=size, count=width // size)
 
     def why_not(self, site: Site) -> str | None:
@@ -131,15 +136,3 @@ class OFT(MatrixMethod):
     @property
     def _is_exact(self) -> bool:
         return self.side == "output" or not self.neumann
-
-    def _width(self, shape: torch.Size) -> int:
-        """How many features are rotated."""
-        if self.view == "lookup":
-            return shape[-1]
-        return matrix_shape(shape, self.view)[-2 if self.side == "output" else -1]
-
-    def _size(self, width: int) -> int:
-        asked = self.block_size if self.block_num is None else self.block_num
-        divisors = [d for d in range(1, width + 1) if width % d == 0]
-        found = min(divisors, key=lambda d: (abs(d - asked), d))
-        return found if self.block_num is None else width // found
