@@ -47,7 +47,8 @@ def is_pure(caps: Iterable[Cap]) -> bool:
 
 def is_protocol(strategy: object) -> bool:
     """Whether a strategy is an iterable of GIFt's (check, action[, paras]) and not of (selector, method)."""
-    if isinstance(strategy, (Strategy, Method, Mapping, str)) or not _iterable(strategy):
+    iterable = isinstance(strategy, Iterable) or hasattr(strategy, "__getitem__")
+    if isinstance(strategy, (Strategy, Method, Mapping, str)) or not iterable:
         return False
     return any(not (isinstance(cap[0], (Selector, str)) or cap[0] is None or _takes_a_site(cap)) for cap in _items(strategy))
 
@@ -106,7 +107,8 @@ def operate(base: FrozenBase, caps: Sequence[Cap], generator: torch.Generator | 
         walk.run()
         walk.check_found()
         return Operation(body, walk.placements, {}, changed=False)
-    body = ModuleTree(base.tree.detached(_handed))
+    # Copies of the parameters, since actions may write to them.
+    body = ModuleTree(base.tree.detached(lambda p: nn.Parameter(clone(p), requires_grad=p.dtype.is_floating_point)))
     origins = {id(tensor): name for name, tensor in zip(base.tree.places, _by_name(body).values(), strict=True)}
     handed = list(_by_name(body).values())  # a reference to each, so that no new tensor has its id
     versions = {id(tensor): tensor._version for tensor in handed}
@@ -144,7 +146,7 @@ class _Walk:
         self._canonical = {alias: name for name, aliases in body.names.items() for alias in aliases}
         self._taken: set[str] = set()
         self._own = {id(module) for module in body.modules.values()}
-        # (module, rule) -> the module that replaced it where it was visited first.
+        # (module, cap) -> the module that replaced it where it was visited first.
         self._replaced: dict[tuple[int, int], nn.Module] = {}
 
     def run(self) -> nn.Module:
@@ -152,10 +154,7 @@ class _Walk:
         root = self.body.module
         holder = nn.Module()
         holder.add_module("model", root)
-        rules = list(enumerate(self.caps))
-        if root._modules:
-            rules = [(index, cap) for index, cap in rules if isinstance(cap[1], Pure)]
-        self._visit(holder, "model", "", rules)
+        self._visit(holder, "model", "", [cap for cap in self.caps if isinstance(cap[1], Pure)] if root._modules else self.caps)
         if root._modules and holder.get_submodule("model") is root:
             self._below(root, "")
         return holder.get_submodule("model")
@@ -176,22 +175,22 @@ class _Walk:
         )
 
     def _below(self, parent: nn.Module, path: str) -> None:
-        rules = list(enumerate(self.caps))
         for name in list(parent._modules):
             child = parent._modules.get(name)
             # A child that is None, or that an action removed or put there, is not visited.
-            if child is not None and id(child) in self._own and self._visit(parent, name, join(path, name), rules):
+            if child is not None and id(child) in self._own and self._visit(parent, name, join(path, name), self.caps):
                 self._below(child, join(path, name))
 
-    def _visit(self, parent: nn.Module, name: str, global_name: str, rules: Sequence[tuple[int, Cap]]) -> bool:
+    def _visit(self, parent: nn.Module, name: str, global_name: str, caps: Sequence[Cap]) -> bool:
         """Run the action of the first check that is true, and return whether to visit the modules inside."""
         module: nn.Module = getattr(parent, name)
         kind = type(module).__name__
-        for index, (check, action, paras) in rules:
+        for cap in caps:
+            check, action, paras = cap
             if not check(parent, name, global_name, kind, module):
                 continue
-            if (id(module), index) in self._replaced:
-                setattr(parent, name, self._replaced[id(module), index])
+            if (id(module), id(cap)) in self._replaced:
+                setattr(parent, name, self._replaced[id(module), id(cap)])
                 return False
             self.ran += 1
             outcome = action(parent, name, global_name, kind, module, **paras)
@@ -200,7 +199,7 @@ class _Walk:
             current = getattr(parent, name, None)
             if current is not module:
                 if isinstance(current, nn.Module):
-                    self._replaced[id(module), index] = current
+                    self._replaced[id(module), id(cap)] = current
                 return False
             if isinstance(outcome, (Method, Mapping)):
                 self._place(module, global_name, outcome)
@@ -285,11 +284,6 @@ def _check_placements(placements: Iterable[Placement], body: ModuleTree, fresh: 
             )
 
 
-def _handed(parameter: Tensor) -> Tensor:
-    """A copy of a parameter for actions, which may write to it."""
-    return nn.Parameter(clone(parameter), requires_grad=parameter.dtype.is_floating_point)
-
-
 def _was_written_to(tensor: Tensor, original: Tensor) -> bool:
     """Whether the values of a copy were changed, as through `.data`, which does not change its version."""
     if tensor.shape != original.shape or tensor.dtype != original.dtype or tensor.device != original.device:
@@ -314,10 +308,6 @@ def _census(root: nn.Module) -> list[object]:
 
 def _by_name(body: ModuleTree) -> dict[str, nn.Parameter]:
     return {name: body.tensor(name) for name in body.places}
-
-
-def _iterable(strategy: object) -> bool:
-    return isinstance(strategy, Iterable) or hasattr(strategy, "__getitem__")
 
 
 def _items(strategy: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -14,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from .adapter import AdaptedParameter
 from .errors import AdaptError
 from .methods import WeightMethod
-from .methods.weight_method import is_by_shape
 from .select import Site
 from .strategy import Placement
 
@@ -50,7 +50,7 @@ class Initial:
 
     def without_values(self, method: WeightMethod, site: Site) -> dict[str, Tensor]:
         """The method's tensors without values, by their short names; the same tensors for all sites that are alike."""
-        if not is_by_shape(method):
+        if not getattr(type(method).init_tensors, "by_shape", False):
             return self._init_without_values(method, site)
         options = (getattr(method, item.name) for item in fields(method))
         key = type(method), *options, site.parameter.shape, site.parameter.dtype
@@ -107,12 +107,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def shared_name(local: str, before: int) -> str:
-    """The global name of a tensor that one rule's sites share.
-
-    Args:
-        local: its short name.
-        before: how many earlier rules share a tensor of that name.
-    """
+    """The global name of a tensor that one rule's sites share, which `before` earlier rules have used for theirs."""
     return f"{local}_{before + 1}" if before else local
 
 
@@ -121,13 +116,8 @@ def parts_of(
 ) -> tuple[list[AdaptedParameter], dict[str, nn.Parameter]]:
     """The adapted parameters of a list of placements, and their tensors by global name.
 
-    Args:
-        placements: what is adapted.
-        initial: makes the tensors.
-        taken: global names that are in use.
-
     Raises:
-        AdaptError: if two tensors would have one name.
+        AdaptError: if two tensors would have one name, or one that is taken.
     """
     taken = set(taken)
     tensors: dict[str, nn.Parameter] = {}
@@ -141,16 +131,15 @@ def parts_of(
     for placement in placements:
         groups.setdefault(id(placement.rule), []).append(placement)
     names: dict[int, dict[str, str]] = {}
-    used: dict[str, int] = {}
+    used = Counter[str]()
     with torch.no_grad():
         for group in groups.values():
             shared = {}
             for local, tensor in initial.shared(group).items():
-                shared[local] = shared_name(local, used.setdefault(local, 0))
+                shared[local] = shared_name(local, used[local])
                 used[local] += 1
                 add(shared[local], tensor, trained=False)
-            for placement in group:
-                names[id(placement)] = dict(shared)
+            names |= {id(placement): dict(shared) for placement in group}
         for placement in placements:
             for local, tensor in initial.own(placement).items():
                 name = names[id(placement)][local] = placement.full_name(local)

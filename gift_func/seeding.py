@@ -11,11 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Seed torch's global random state from a generator, and restore it afterwards; without a generator, do nothing.
-
-    Args:
-        generator: one number is drawn from it, which is the seed.
-    """
+    """Seed torch's global random state by a draw from a generator, and restore it afterwards; without one, do nothing."""
     if generator is None:
         yield
         return
@@ -32,8 +28,6 @@ def sample(total: int, count: int, *, seed: int | None, generator: torch.Generat
     """`count` different numbers below `total`, in random order.
 
     Args:
-        total: how many numbers there are.
-        count: how many are drawn.
         seed: what they are drawn with, whatever the generator; None means from the generator.
         generator: None means torch's global one.
         device: where the result is; on the meta device nothing is drawn.

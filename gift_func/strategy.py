@@ -110,11 +110,8 @@ class Strategy:
         Raises:
             AdaptError: if a selector is a Python function.
         """
-        return {
-            "rules": [
-                {"select": selector and selector.to_dict(), "method": method.to_dict()} for selector, method in self.rules
-            ]
-        }
+        pairs = ((selector and selector.to_dict(), method.to_dict()) for selector, method in self.rules)
+        return {"rules": [{"select": selector, "method": method} for selector, method in pairs]}
 
     @property
     def is_data(self) -> bool:
@@ -319,24 +316,19 @@ class Explanation:
         rows = [("parameter", "shape", "rule", "method")]
         for group in self.groups:
             index, placement = self.taken.get(group[0].name, (None, None))
-            rows.append(
-                (
-                    " = ".join(site.name for site in group),
-                    "x".join(map(str, group[0].parameter.shape)) or "scalar",
-                    "-" if index is None else str(index),
-                    "-" if placement is None else str(placement.method),
-                )
-            )
+            rule, method = ("-", "-") if placement is None else (str(index), str(placement.method))
+            shape = "x".join(map(str, group[0].parameter.shape)) or "scalar"
+            rows.append((" = ".join(site.name for site in group), shape, rule, method))
         for name, (index, added) in self.added.items():
             rows.append((name, type(added.host).__name__, str(index), str(added.method)))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        for index, (selector, method) in enumerate(self.strategy.rules):
+        for index, (selector, acts) in enumerate(self.strategy.rules):
             what = "usual sites" if selector is None else repr(selector)
             count = self._count(index)
             note = f"{count} parameter{'s' * (count != 1)}" if count else "takes nothing"
-            lines.append(f"rule {index}: {what} -> {method}: {note}")
+            lines.append(f"rule {index}: {what} -> {acts}: {note}")
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -14,11 +14,7 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor) -> boo
     Under `torch.func` transforms and `torch.compile` separate operations are faster (measured: 2 to 8 networks of 128 to
     1,024 tokens each). In half precision, rounding the sum of weight and change would lose a small change.
 
-    Args:
-        x: `(..., in)`.
-        weight: W, which must be a frozen matrix.
-        bias: `(out,)` or None.
-        own: the adapter's tensor.
+    W must be a frozen matrix; `own` is the adapter's tensor.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.ndim < 2 or weight.ndim != 2:
         return False

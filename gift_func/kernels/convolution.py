@@ -22,14 +22,7 @@ PASSES = 256
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution function with its stride, padding and so on; called with input, kernel and bias.
-
-    Attributes:
-        function: `torch.conv2d` or another convolution.
-        args: the arguments after the bias.
-        kwargs: the keyword arguments.
-        transposed: whether it is a transposed convolution.
-    """
+    """A convolution function with the arguments after the bias: its stride, padding and so on."""
 
     function: Callable[..., Tensor]
     args: tuple[Any, ...]
@@ -43,12 +36,7 @@ class Conv:
 def can_split(conv: object, x: Tensor, shape: torch.Size, left: Tensor, right: Tensor) -> TypeGuard[Conv]:
     """Whether the change can be two convolutions, the second pointwise: without groups, and not transposed.
 
-    Args:
-        conv: the operation on the kernel.
-        x: the input.
-        shape: of the kernel, `(out, in/groups, ...)`.
-        left: B, `(out, r)`.
-        right: A, `(r, in/groups·...)`.
+    The kernel has the shape `(out, in/groups, ...)`, `left` is B `(out, r)`, and `right` is A `(r, in/groups·...)`.
     """
     flat = (shape[0], prod(shape[1:])) == (left.shape[0], right.shape[-1]) and left.ndim == right.ndim == 2
     return isinstance(conv, Conv) and not conv.transposed and flat and x.shape[1 - len(shape)] == shape[1]

@@ -7,6 +7,7 @@ output in place; no adapter's factors are copied for each row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .function import apply, with_signature
-from .stacked_linear import StackedLinear, vmap_over
+from .stacked_linear import StackedLinear, output_tangents, vmap_over
 
 Sizes = tuple[int, ...]
 
@@ -94,31 +95,14 @@ class MixedLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_left, grad_right, None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        x_t: Tensor | None,
-        weight_t: None,
-        bias_t: Tensor | None,
-        left_t: Tensor | None,
-        right_t: Tensor | None,
-        *_: None,
-    ) -> tuple[Tensor, Tensor]:
-        x, weight, left, right, h = ctx.saved_tensors
-        sizes: Sizes = ctx.sizes
-        y_t, h_t = x.new_zeros(x.shape[0], weight.shape[0]), torch.zeros_like(h)
-        if x_t is not None:
-            y_t, h_t = y_t + F.linear(x_t, weight), h_t + _thin(x_t, right, sizes)
-        if right_t is not None:
-            h_t = h_t + _thin(x, right_t, sizes)
-        if left_t is not None:
-            y_t = y_t + ctx.scale * _wide(h, left_t, sizes, len(x))
-        if bias_t is not None:
-            y_t = y_t + bias_t
-        return y_t + ctx.scale * _wide(h_t, left, sizes, len(x)), h_t
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        sizes, rows = ctx.sizes, len(ctx.saved_tensors[0])
+        thin, wide = partial(_thin, sizes=sizes), partial(_wide, sizes=sizes, rows=rows)
+        return output_tangents(ctx, tangents, (rows,), thin, wide)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return vmap_over(_plain, in_dims, inputs), (0, 0)
+        return vmap_over(_forward_out_of_place, in_dims, inputs), (0, 0)
 
 
 def _forward(
@@ -135,7 +119,7 @@ def _forward(
     return y, h
 
 
-def _plain(
+def _forward_out_of_place(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     h = _thin(x, right, sizes)

@@ -6,6 +6,7 @@ only x and the r-wide product are saved for backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .function import apply, with_signature
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 @with_signature
@@ -58,32 +61,18 @@ class StackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_right = thin @ x
         if ctx.needs_input_grad[0]:
-            grad_x = thin.mT @ right if grad_y is None else _through(grad_y, weight, thin, right)
+            if grad_y is None:
+                grad_x = thin.mT @ right
+            else:
+                grad_x = (grad_y.reshape(-1, grad_y.shape[-1]) @ weight).view(*grad_y.shape[:-1], -1)
+                grad_x = torch.baddbmm(grad_x, thin.mT, right) if torch.is_grad_enabled() else grad_x.baddbmm_(thin.mT, right)
             grad_x = grad_x.sum(0) if x.ndim == 2 else grad_x
         return grad_x, None, grad_bias, grad_left, grad_right, None
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        x_t: Tensor | None,
-        weight_t: None,
-        bias_t: Tensor | None,
-        left_t: Tensor | None,
-        right_t: Tensor | None,
-        _: None,
-    ) -> tuple[Tensor, Tensor]:
-        x, weight, left, right, h = ctx.saved_tensors
-        h_t = torch.zeros_like(h)
-        y_t = x.new_zeros(h.shape[0], h.shape[2], weight.shape[0])
-        if x_t is not None:
-            h_t, y_t = h_t + right @ x_t.mT, y_t + F.linear(x_t, weight)
-        if right_t is not None:
-            h_t = h_t + right_t @ x.mT
-        if left_t is not None:
-            y_t = y_t + ctx.scale * (h.mT @ left_t.mT)
-        if bias_t is not None:
-            y_t = y_t + bias_t
-        return y_t + ctx.scale * (h_t.mT @ left.mT), h_t
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        members, _, tokens = ctx.saved_tensors[-1].shape
+        return output_tangents(ctx, tangents, (members, tokens), lambda x, a: a @ x.mT, lambda h, b: h.mT @ b.mT)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -116,6 +105,32 @@ class StackedLinear(torch.autograd.Function):
         return (y if shift is None else y + shift, h), (0, 0)
 
 
+def output_tangents(
+    ctx: Any, tangents: tuple[Any, ...], rows: tuple[int, ...], thin: Product, wide: Product
+) -> tuple[Tensor, Tensor]:
+    """The tangents of y and h.
+
+    Args:
+        ctx: with x, W, left, right and h, and the scale.
+        tangents: of x, W, bias, left and right, each None where there is none.
+        rows: the shape of y without its features.
+        thin: h from x and right.
+        wide: the change without its scale from h and left.
+    """
+    x, weight, left, right, h = ctx.saved_tensors
+    x_t, _, bias_t, left_t, right_t, *_ = tangents
+    y_t, h_t = x.new_zeros(*rows, weight.shape[0]), torch.zeros_like(h)
+    if x_t is not None:
+        y_t, h_t = y_t + F.linear(x_t, weight), h_t + thin(x_t, right)
+    if right_t is not None:
+        h_t = h_t + thin(x, right_t)
+    if left_t is not None:
+        y_t = y_t + ctx.scale * wide(h, left_t)
+    if bias_t is not None:
+        y_t = y_t + bias_t
+    return y_t + ctx.scale * wide(h_t, left), h_t
+
+
 def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The tensor with its batch dimension first, expanded to the batch if it has none."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -135,11 +150,3 @@ def vmap_over(function: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any,
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     h = right @ x.mT
     return F.linear(x, weight, bias) + scale * (h.mT @ left.mT), h
-
-
-def _through(grad_y: Tensor, weight: Tensor, thin: Tensor, right: Tensor) -> Tensor:
-    """`grad_y·W + thinᵀ·A`: the gradient of x."""
-    grad_x = (grad_y.reshape(-1, grad_y.shape[-1]) @ weight).view(*grad_y.shape[:-1], -1)
-    if torch.is_grad_enabled():
-        return torch.baddbmm(grad_x, thin.mT, right)
-    return grad_x.baddbmm_(thin.mT, right)

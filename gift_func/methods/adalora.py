@@ -12,7 +12,8 @@ from torch import Tensor
 from ..select import Site
 from ..weights import ScaledLowRank, Weight
 from .factored import LowRankMethod
-from .layout import Layout, matrix_of, rank_axes
+from .layout import rank_axes
+from .matrix import matrix_shape
 from .options import FrozenMap
 from .rank_allocation import Importance as Importance
 from .rank_allocation import allocate as allocate
@@ -66,11 +67,10 @@ class AdaLoRA(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
-        lead, rows, columns = matrix_of(parameter.shape, self.layout)
+        *lead, rows, columns = matrix_shape(parameter.shape, self.layout)
         a = self.empty(parameter, *lead, r, columns).normal_(std=0.02, generator=generator)
         b = self.empty(parameter, *lead, rows, r).normal_(std=0.02, generator=generator)
         e = self.empty(parameter, *lead, r, 1).zero_()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Blocks, Scaled, Weight, cayley
-from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .options import check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
 
 
 @dataclass(frozen=True)
@@ -49,25 +47,23 @@ class BOFT(MatrixMethod):
         Dropout leaves out every block independently, where the paper leaves out a fixed share of one factor's.
     """
 
+    whole = ("block_size", "n_butterfly_factor", "block_num")
+
     block_size: int = 4
     _: KW_ONLY
     block_num: int | None = None
     n_butterfly_factor: int = 1
     dropout: float = 0.0
-    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, "block_size")
-        check_whole(self, "n_butterfly_factor")
-        if self.block_num is not None:
-            check_whole(self, "block_num")
         if self.n_butterfly_factor > 1 and self.block_num is None and self.block_size % 2:
             raise AdaptError(f"several butterfly factors split blocks in two and need an even size, got {self.block_size}")
 
     def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim >= 2:
-            width = self.for_site(site)._shape(site.parameter.shape)[-1]
+            view = self.for_site(site).view
+            width = matrix_shape(site.parameter.shape, view)[-2 if view == "lookup" else -1]
             size = self.block_size if self.block_num is None else width // self.block_num
             several = self.n_butterfly_factor > 1
             step = size * 2 ** (self.n_butterfly_factor - 1)
@@ -77,16 +73,13 @@ class BOFT(MatrixMethod):
                 return f"a {need}{factors} whose blocks, of even size where there are several factors, divide its width {width}"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> Self:
-        return self.replace(view="lookup" if is_lookup(site) else view_of(site))
-
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         dtype, device = site.parameter.dtype, site.parameter.device
-        *lead, rows, columns = self._shape(site.parameter.shape)
-        size = self.block_size if self.block_num is None else columns // self.block_num
-        blocks = torch.zeros(*lead, self.n_butterfly_factor, columns // size, size, size, dtype=dtype, device=device)
-        outputs = columns if self.view == "lookup" else rows
-        factors = (1, outputs) if self.view == "kernel" else (*lead, outputs, 1)
+        *lead, rows, columns = matrix_shape(site.parameter.shape, self.view)
+        width = rows if self.view == "lookup" else columns
+        size = self.block_size if self.block_num is None else width // self.block_num
+        blocks = torch.zeros(*lead, self.n_butterfly_factor, width // size, size, size, dtype=dtype, device=device)
+        factors = (1, rows) if self.view == "kernel" else (*lead, rows, 1)
         return {"boft_R": blocks, "boft_s": torch.ones(factors, dtype=dtype, device=device)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
@@ -96,10 +89,6 @@ class BOFT(MatrixMethod):
             return Scaled(rotated(base.mT, raw, blocks, raw.shape[-1], "output").mT, s.mT, "input")
         s = s.mT if self.view == "kernel" else s
         return on_matrix(base, self.view, lambda w: Scaled(rotated(w, raw, blocks, raw.shape[-1]), s, "output"))
-
-    def _shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the matrix whose columns are rotated."""
-        return shape if self.view == "lookup" else matrix_shape(shape, self.view)
 
 
 def blocks(raw: Tensor) -> Tensor:

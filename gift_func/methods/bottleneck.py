@@ -11,7 +11,6 @@ from ..errors import AdaptError
 from .matrix import HF_CONV1D
 from .method import is_a
 from .module_method import AddedModule, ModuleMethod
-from .options import check_whole
 
 FUNCTIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -61,10 +60,7 @@ class Bottleneck(ModuleMethod):
     width: int | None = None
 
     attribute = "bottleneck"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "dim")
+    whole = ("dim",)
 
     def module(self, host: nn.Module) -> AddedModule:
         width = self.width or _width(host, self.parallel)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..select import Site
 from ..weights import Circulant, Weight
-from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .options import FrozenMap, check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,12 @@ class C3A(MatrixMethod):
         Chen et al., Parameter-Efficient Fine-Tuning via Circular Convolution, 2024 (arXiv:2407.19342). The divisor is PEFT's.
     """
 
+    whole = ("block_size",)
+
     block_size: int = 256
     _: KW_ONLY
     init: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
     block_size_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "block_size")
 
     @property
     def starts_as_base(self) -> bool:
@@ -63,9 +60,6 @@ class C3A(MatrixMethod):
             if rows % here.block_size or columns % here.block_size:
                 return f"a block_size={here.block_size} that divides its {rows} outputs and {columns} inputs"
         return super().why_not(site)
-
-    def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, size = site.parameter, self.block_size

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Self
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Dense, Magnitude, Weight
 from .lora import LoRA
-from .matrix import view_of
 
 
 @dataclass(frozen=True)
@@ -51,34 +49,29 @@ class DoRA(LoRA):
 
     _: KW_ONLY
     detach_norm: bool = True
-    by_column: bool = field(default=False, init=False, repr=False, compare=False)
-
-    def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(by_column=view_of(site) == "transposed")
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         tensors = super().init_tensors(site, generator)
         base = Dense(site.parameter.detach())
         norm = self._magnitude(base, {**tensors, **self.precompute(base)}, site.parameter).norm()
-        if self.is_kernel:
+        if self.view == "kernel":
             norm = norm.reshape(1, -1, *[1] * (site.parameter.ndim - 2))
         return {**tensors, "lora_magnitude_vector": norm.to(self.dtype or site.parameter.dtype)}
 
     def precompute(self, base: Weight) -> dict[str, Tensor]:
-        if self.is_kernel:
+        if self.view == "kernel":
             return {}
         dense = base.dense()
         wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
-        return {"squares": wide.square().sum(-2 if self.by_column else -1)}
+        return {"squares": wide.square().sum(self._over)}
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         return self._magnitude(base, tensors, tensors["lora_magnitude_vector"])
 
     @property
-    def is_kernel(self) -> bool:
-        """Whether the parameter is a convolution's."""
-        return self.layout in ("kernel", "balanced")
+    def _over(self) -> int:
+        """The dimension that the norms are taken over: -1 for one of each row, -2 for one of each column."""
+        return -2 if self.view in ("transposed", "lookup") else -1
 
     def _magnitude(self, base: Weight, tensors: Mapping[str, Tensor], magnitude: Tensor) -> Magnitude:
-        over = -2 if self.by_column else -1
-        return Magnitude(super().weight(base, tensors), magnitude, tensors.get("squares"), over, self.detach_norm)
+        return Magnitude(super().weight(base, tensors), magnitude, tensors.get("squares"), self._over, self.detach_norm)

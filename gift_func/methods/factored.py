@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from ..select import Site
-from .layout import ConvLayout, Layout, layout_of
-from .matrix import TWO_FACTORS, MatrixMethod
-from .options import check_whole
+from .layout import ConvLayout
+from .matrix import TWO_FACTORS, MatrixMethod, View
 
 
 class FactoredMethod(MatrixMethod):
-    """A method whose change is a product of factors, which fit the parameter by a `Layout`.
+    """A method whose change is a product of factors, which fit the parameter by a layout.
 
     Attributes:
-        layout: the layout at a site, a field that `for_site` sets.
         conv: the layout of kernels; `"kernel"` for methods without such a field.
         dropout: probability of dropping an input feature of the change; 0 for methods without such a field.
         dtype: element type of the tensors; None means that of the parameter.
     """
 
     needs = TWO_FACTORS
-    layout: Layout
     conv: ConvLayout = "kernel"
     dropout: float = 0.0
     dtype: torch.dtype | None
@@ -36,8 +32,12 @@ class FactoredMethod(MatrixMethod):
             return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
         return missing
 
-    def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(layout=layout_of(site, self.conv))
+    @property
+    def layout(self) -> View:
+        """How the parameter is seen as a matrix, or as a stack of matrices."""
+        if self.view == "kernel":
+            return self.conv
+        return "matrix" if self.view == "lookup" else self.view
 
     def empty(self, parameter: Tensor, *shape: int) -> Tensor:
         """An uninitialised tensor for the adapter of a parameter."""
@@ -53,13 +53,11 @@ class LowRankMethod(FactoredMethod):
         init: the name of the initialisation.
     """
 
+    whole = ("rank",)
+
     rank: int
     alpha: float | None = None
     init: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     @property
     def scale(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from ..seeding import sample
 from ..select import Site
 from ..weights import Fourier, Weight
-from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
-from .options import FrozenMap, check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class FourierFT(MatrixMethod):
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"fourierft_indices"})
+    whole = ("n_frequency",)
 
     n_frequency: int = 1000
     _: KW_ONLY
@@ -54,11 +55,6 @@ class FourierFT(MatrixMethod):
     random_loc_seed: int | None = 777
     init: Literal["normal", "zeros"] = "normal"
     n_frequency_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "n_frequency")
 
     @property
     def starts_as_base(self) -> bool:
@@ -69,9 +65,6 @@ class FourierFT(MatrixMethod):
         if site.parameter.ndim >= 2 and here.n_frequency > matrix_shape(site.parameter.shape, here.view)[-2:].numel():
             return f"at least n_frequency={here.n_frequency} elements"
         return super().why_not(site)
-
-    def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, n = site.parameter, self.n_frequency

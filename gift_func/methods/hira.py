@@ -12,7 +12,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import LowRank, Modulated, Weight
 from .factored import LowRankMethod
-from .layout import Layout, factors_of, rank_axes
+from .layout import factors_of, rank_axes
 from .lora_init import first_factors
 from .options import FrozenMap
 
@@ -53,7 +53,6 @@ class HiRA(LowRankMethod):
     init: Literal["kaiming", "gaussian", "random"] = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         b, a = first_factors(self, site.parameter, generator)

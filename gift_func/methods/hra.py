@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from math import sqrt
-from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from ..select import Site
 from ..weights import HouseholderRotation, Weight
-from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .options import FrozenMap, check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,12 @@ class HRA(MatrixMethod):
         (arXiv:2405.17484); Schreiber and Van Loan, A Storage-Efficient WY Representation, 1989.
     """
 
+    whole = ("rank",)
+
     rank: int = 8
     _: KW_ONLY
     apply_gs: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     @property
     def starts_as_base(self) -> bool:
@@ -67,12 +63,9 @@ class HRA(MatrixMethod):
                 return f"a width of at least rank={here.rank}, for as many orthogonal columns"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(view="lookup" if is_lookup(site) else view_of(site))
-
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
-        lead = parameter.shape[:-2] if self.view == "matrix" else ()
+        lead = parameter.shape[:-2] if self.view == "stacked" else ()
         paired = not self.apply_gs and self.rank % 2 == 0
         shape = (*lead, self._width(parameter.shape), self.rank // 2 if paired else self.rank)
         u = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
@@ -96,4 +89,4 @@ class HRA(MatrixMethod):
         return u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)
 
     def _width(self, shape: torch.Size) -> int:
-        return shape[-1] if self.view == "lookup" else matrix_shape(shape, self.view)[-1]
+        return matrix_shape(shape, self.view)[-2 if self.view == "lookup" else -1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..select import Site
 from ..weights import Reshaped, Scaled, Weight
-from .matrix import MatrixMethod, View, matrix_shape, on_matrix, view_of
+from .matrix import MatrixMethod, matrix_shape, on_matrix
 from .weight_method import WeightMethod
 
 
@@ -49,8 +49,6 @@ class IA3(MatrixMethod):
     """
 
     side: Literal["output", "input"] = "output"
-    view: View = field(default="matrix", init=False, repr=False, compare=False)
-    groups: int = field(default=1, init=False, repr=False, compare=False)
 
     def why_not(self, site: Site) -> str | None:
         module = site.module
@@ -61,10 +59,6 @@ class IA3(MatrixMethod):
             return "side='input', or a bias of its own to be scaled along with it"
         return super().why_not(site)
 
-    def for_site(self, site: Site) -> Self:
-        groups = site.module.groups if isinstance(site.module, nn.modules.conv._ConvNd) else 1
-        return self.replace(view=view_of(site), groups=groups)
-
     def companions(self, site: Site) -> dict[str, WeightMethod]:
         bias = site.param_name.replace("weight", "bias")
         return {bias: ScaledBias()} if self.side == "output" and bias != site.param_name else {}
@@ -73,8 +67,8 @@ class IA3(MatrixMethod):
         parameter = site.parameter
         *lead, rows, columns = matrix_shape(parameter.shape, self.view)
         shape = [*lead, rows, 1] if self.side == "output" else [*lead, 1, columns]
-        if self.view == "kernel":
-            features = rows if self.side == "output" else parameter.shape[1] * self.groups
+        if isinstance(site.module, nn.modules.conv._ConvNd):
+            features = rows if self.side == "output" else parameter.shape[1] * site.module.groups
             shape = [1, features, *[1] * (parameter.ndim - 2)]
         return {"ia3_l": torch.ones(shape, dtype=parameter.dtype, device=parameter.device)}
 
@@ -84,8 +78,9 @@ class IA3(MatrixMethod):
             if self.side == "output":
                 return Scaled(base, factor.transpose(0, 1), self.side)
             # A group of filters sees its own share of the channels.
-            grouped = torch.Size([self.groups, base.shape[0] // self.groups, *base.shape[1:]])
-            share = rearrange(factor, "one (g c) ... -> g one c ...", g=self.groups)
+            groups = factor.shape[1] // base.shape[1]
+            grouped = torch.Size([groups, base.shape[0] // groups, *base.shape[1:]])
+            share = rearrange(factor, "one (g c) ... -> g one c ...", g=groups)
             return Reshaped(Scaled(Reshaped(base, grouped), share, self.side), base.shape)
         return on_matrix(base, self.view, lambda matrix: Scaled(matrix, factor, self.side))
 

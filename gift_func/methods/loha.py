@@ -13,7 +13,8 @@ from torch import Tensor
 from ..select import Site
 from ..weights import Hadamard, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
-from .layout import Layout, matrix_of, rank_axes
+from .layout import rank_axes
+from .matrix import matrix_shape
 from .options import FrozenMap
 
 
@@ -68,11 +69,10 @@ class LoHa(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter, r = site.parameter, self.rank
-        lead, rows, columns = matrix_of(parameter.shape, self.layout)
+        *lead, rows, columns = matrix_shape(parameter.shape, self.layout)
         tucker = self.use_effective_conv2d and self.layout == "kernel" and prod(parameter.shape[2:]) > 1
         shapes = {"a": (*lead, rows, r), "b": (*lead, r, columns)}
         if tucker:

@@ -14,7 +14,8 @@ from ..errors import AdaptError
 from ..select import Site
 from ..weights import Kronecker, OutputDropout, Weight
 from .factored import LowRankMethod, uniform
-from .layout import Layout, matrix_of, rank_axes
+from .layout import rank_axes
+from .matrix import matrix_shape
 from .options import FrozenMap
 
 
@@ -80,7 +81,6 @@ class LoKr(LowRankMethod):
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +88,7 @@ class LoKr(LowRankMethod):
             raise AdaptError(f"decompose_factor is -1 or at least 1, got decompose_factor={self.decompose_factor!r}")
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        lead, _, _ = matrix_of(site.parameter.shape, self.layout)
+        lead = matrix_shape(site.parameter.shape, self.layout)[:-2]
         zero = {"kaiming": ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), "random": ()}[self.init]
         made = {}
         for name, shape in self.shapes(site.parameter).items():
@@ -98,7 +98,7 @@ class LoKr(LowRankMethod):
 
     def shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
         """The shapes of a parameter's tensors; in a stack of matrices, of each of them."""
-        _, rows, columns = matrix_of(parameter.shape, self.layout)
+        rows, columns = matrix_shape(parameter.shape, self.layout)[-2:]
         sides, r = tuple(parameter.shape[2:]) if self.layout == "kernel" else (), self.rank
         (a, b), (c, d) = (two_divisors(n, self.decompose_factor) for n in (rows, columns // prod(sides)))
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (a, c)}

@@ -15,7 +15,7 @@ from ..select import Site
 from ..weights import LowRank, LowRankFromStart, Weight
 from .factored import LowRankMethod
 from .full import Full
-from .layout import ConvLayout, Layout, factors_of, rank_axes
+from .layout import ConvLayout, factors_of, rank_axes
 from .lora_init import RESIDUAL, first_factors, initialisation
 from .options import FrozenMap
 from .weight_method import WeightMethod, by_shape
@@ -89,7 +89,6 @@ class LoRA(LowRankMethod):
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenMap)
     conv: ConvLayout = "kernel"
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import AdaptError
 from .factored import LowRankMethod, uniform
-from .layout import as_matrix, as_stored, matrix_of
+from .layout import as_stored
+from .matrix import matrix_shape
 
 Factors = tuple[Tensor, Tensor]
 Init = Callable[[LowRankMethod, Tensor, torch.Generator | None], Factors]
@@ -21,13 +22,7 @@ RESIDUAL = ("pissa", "olora")
 
 
 def first_factors(method: LowRankMethod, parameter: Tensor, generator: torch.Generator | None) -> Factors:
-    """Initial B and A as an adapter stores them.
-
-    Args:
-        method: the method as it applies to the parameter's site.
-        parameter: W, as it is stored.
-        generator: for random initialisations.
-    """
+    """Initial B and A as an adapter stores them, of a method as it applies to the parameter's site."""
     b, a = initialisation(method.init)(method, parameter, generator)
     return as_stored(b, a, parameter.shape, method.layout)
 
@@ -105,25 +100,19 @@ def olora(method: LowRankMethod, parameter: Tensor, generator: torch.Generator |
     return _completed((q[..., :rank], r[..., :rank, :]), fresh)
 
 
-INITS: dict[str, Init] = {
-    "kaiming": kaiming,
-    "gaussian": gaussian,
-    "orthogonal": orthogonal,
-    "random": random,
-    "pissa": pissa,
-    "olora": olora,
-}
+INITS: dict[str, Init] = {init.__name__: init for init in (kaiming, gaussian, orthogonal, random, pissa, olora)}
 
 
 def _blank(method: LowRankMethod, parameter: Tensor) -> Factors:
     """B and A as uninitialised matrices."""
-    lead, rows, columns = matrix_of(parameter.shape, method.layout)
+    *lead, rows, columns = matrix_shape(parameter.shape, method.layout)
     return method.empty(parameter, *lead, rows, method.rank), method.empty(parameter, *lead, method.rank, columns)
 
 
 def _wide_matrix(method: LowRankMethod, parameter: Tensor) -> Tensor:
     """W as a matrix, in an element type that has decompositions."""
-    matrix = as_matrix(parameter, method.layout).detach()
+    shape = matrix_shape(parameter.shape, method.layout)
+    matrix = parameter.detach().mT if method.layout == "transposed" else parameter.detach().reshape(shape)
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 

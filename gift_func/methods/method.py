@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -27,7 +27,12 @@ class Method(ABC):
     The fields are the options. Those whose names end in `dropout` must be probabilities, those annotated as a `Literal`
     one of its values, and a field `x_pattern` is a mapping from regular expressions, matched against the end of a module's
     name, to values of the field `x`. A field with `init=False` is set by `for_site` and is not written as data.
+
+    Attributes:
+        whole: names of the options that must be whole numbers of at least 1; those that default to None may be None.
     """
+
+    whole: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, *, base: bool = False) -> None:
         super().__init_subclass__()

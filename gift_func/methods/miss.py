@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import BlockAffine, SharedShards, Weight
-from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .options import FrozenMap, check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
+from .options import FrozenMap
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,17 @@ class MiSS(MatrixMethod):
         (arXiv:2409.15371), at first named Bone and Bat.
     """
 
+    whole = ("rank", "mini_rank")
+
     rank: int = 64
     _: KW_ONLY
     mode: Literal["default", "mini", "bat"] = "default"
     mini_rank: int = 1
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenMap)
-    view: View = field(default="matrix", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, "rank")
-        check_whole(self, "mini_rank")
         if self.dropout and self.mode == "bat":
             raise AdaptError(f"dropout is 0 in the mode 'bat', whose change needs all inputs, got dropout={self.dropout!r}")
 
@@ -77,13 +76,10 @@ class MiSS(MatrixMethod):
                 return f"a rank={here.rank} that divides its {rows} outputs and {columns} inputs"
             if self.mode == "mini" and rows % self.mini_rank:
                 return f"a mini_rank={self.mini_rank} that divides its {rows} outputs"
-        whole = is_lookup(site) or here.view == "kernel" or isinstance(site.module, (nn.RNNBase, nn.RNNCellBase))
+        whole = here.view in ("lookup", "kernel") or isinstance(site.module, (nn.RNNBase, nn.RNNCellBase))
         if self.dropout and whole:
             return f"dropout=0 on a {type(site.module).__name__}, whose operation reads the weight as a whole"
         return super().why_not(site)
-
-    def for_site(self, site: Site) -> Self:
-        return super().for_site(site).replace(view=view_of(site))
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         *lead, rows, _ = matrix_shape(site.parameter.shape, self.view)

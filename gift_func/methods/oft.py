@@ -14,8 +14,7 @@ from torch import Tensor
 from ..errors import AdaptError
 from ..select import Site
 from ..weights import Blocks, Scaled, Weight, cayley, neumann, skew
-from .matrix import MatrixMethod, View, is_lookup, matrix_shape, on_matrix, view_of
-from .options import check_whole
+from .matrix import MatrixMethod, matrix_shape, on_matrix
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class OFT(MatrixMethod):
         outputs; Qiu et al., Orthogonal Finetuning Made Scalable, 2025 (arXiv:2506.19847): inputs, and the series.
     """
 
+    whole = ("block_size", "block_num")
+
     block_size: int = 32
     _: KW_ONLY
     block_num: int | None = None
@@ -66,24 +67,25 @@ class OFT(MatrixMethod):
     block_share: bool = False
     rescale: bool = False
     dropout: float = 0.0
-    view: View | Literal["lookup"] = field(default="matrix", init=False, repr=False, compare=False)
     size: int = field(default=0, init=False, repr=False, compare=False)
     count: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, "block_size")
-        if self.block_num is not None:
-            check_whole(self, "block_num")
         if self.rescale and self.side == "input":
             raise AdaptError("rescale=True learns a factor for each output and needs side='output', got side='input'")
         if self.neumann < 0 or self.eps <= 0:
             raise AdaptError(f"neumann is at least 0 and eps above 0, got neumann={self.neumann!r}, eps={self.eps!r}")
 
     def for_site(self, site: Site) -> Self:
-        here = self.replace(view="lookup" if is_lookup(site) else view_of(site))
-        width = here._width(site.parameter.shape)
-        size = here._size(width)
+        here = super().for_site(site)
+        # Of an embedding the features are rotated, which are its outputs.
+        side = -2 if self.side == "output" or here.view == "lookup" else -1
+        width = matrix_shape(site.parameter.shape, here.view)[side]
+        asked = self.block_size if self.block_num is None else self.block_num
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        found = min(divisors, key=lambda d: (abs(d - asked), d))
+        size = found if self.block_num is None else width // found
         return here.replace(size=size, count=width // size)
 
     def why_not(self, site: Site) -> str | None:
@@ -93,7 +95,7 @@ class OFT(MatrixMethod):
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
-        lead = parameter.shape[:-2] if self.view == "matrix" else ()
+        lead = parameter.shape[:-2] if self.view == "stacked" else ()
         width = self.size * self.count
         count = 1 if self.block_share else self.count
         zeros = partial(torch.zeros, dtype=parameter.dtype, device=parameter.device)
@@ -134,15 +136,3 @@ class OFT(MatrixMethod):
     @property
     def _is_exact(self) -> bool:
         return self.side == "output" or not self.neumann
-
-    def _width(self, shape: torch.Size) -> int:
-        """How many features are rotated."""
-        if self.view == "lookup":
-            return shape[-1]
-        return matrix_shape(shape, self.view)[-2 if self.side == "output" else -1]
-
-    def _size(self, width: int) -> int:
-        asked = self.block_size if self.block_num is None else self.block_num
-        divisors = [d for d in range(1, width + 1) if width % d == 0]
-        found = min(divisors, key=lambda d: (abs(d - asked), d))
-        return found if self.block_num is None else width // found

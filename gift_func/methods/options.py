@@ -39,7 +39,7 @@ class FrozenMap(Mapping[str, Value]):
 
 
 def check_options(method: Any) -> None:
-    """Refuse a `Literal` option that is none of its values, and a `dropout` option that is no probability.
+    """Refuse a `Literal` option that is none of its values, a `dropout` that is no probability, and a bad one of `whole`.
 
     Raises:
         AdaptError: for the first such option.
@@ -52,14 +52,12 @@ def check_options(method: Any) -> None:
         value = getattr(method, name)
         if not 0.0 <= value < 1.0:
             raise AdaptError(f"{name} is a probability in [0, 1), got {name}={value!r}")
-
-
-def check_whole(method: Any, name: str) -> None:
-    """Refuse an option, or a value of its pattern, that is not a whole number of at least 1."""
-    for pattern, value in [("", getattr(method, name)), *getattr(method, f"{name}_pattern", {}).items()]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            place = f" ({name}_pattern {pattern!r})" if pattern else ""
-            raise AdaptError(f"{type(method).__name__} needs a whole {name} of at least 1, got {name}={value!r}{place}")
+    for name in method.whole:
+        for pattern, value in [("", getattr(method, name)), *getattr(method, f"{name}_pattern", {}).items()]:
+            optional = value is None and method.__dataclass_fields__[name].default is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                place = f" ({name}_pattern {pattern!r})" if pattern else ""
+                raise AdaptError(f"{type(method).__name__} needs a whole {name} of at least 1, got {name}={value!r}{place}")
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from math import prod
 from typing import ClassVar
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 from ..seeding import sample
 from ..select import Site
 from ..weights import SparseDelta, Weight
-from .matrix import MatrixMethod
-from .options import check_whole
+from .matrix import MatrixMethod, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,24 @@ class SHiRA(MatrixMethod):
 
     frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
     needs = "a parameter of at least 2 dimensions"
+    whole = ("rank",)
 
     rank: int = 32
     _: KW_ONLY
     scale: float = 1.0
     random_seed: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
-
     def why_not(self, site: Site) -> str | None:
         if site.parameter.ndim < 2:
             return self.needs
-        rows, columns = _matrix(site.parameter.shape)
+        rows, columns = matrix_shape(site.parameter.shape, "kernel")
         if self.rank * (rows + columns) > rows * columns:
             return f"at least rank·(rows + columns) = {self.rank * (rows + columns)} entries"
         return super().why_not(site)
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         parameter = site.parameter
-        rows, columns = _matrix(parameter.shape)
+        rows, columns = matrix_shape(parameter.shape, "kernel")
         count = self.rank * (rows + columns)
         values = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
         places = sample(rows * columns, count, seed=self.random_seed, generator=generator, device=parameter.device)
@@ -78,7 +73,3 @@ class SHiRA(MatrixMethod):
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         return SparseDelta(base, tensors["shira_weight"], tensors["shira_indices"], self.scale)
-
-
-def _matrix(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], prod(shape[1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from ..select import Site
 from ..weights import Spectral, Weight
-from .layout import balanced
-from .matrix import TWO_FACTORS, MatrixMethod
+from .matrix import TWO_FACTORS, MatrixMethod, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -57,5 +55,5 @@ class SVDiff(MatrixMethod):
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         return Spectral(tensors["u"], tensors["sigma"], tensors["vh"], tensors["spectral_shift"], base.shape)
 
-    def _matrix(self, shape: torch.Size) -> tuple[int, int]:
-        return balanced(shape) if self.conv == "balanced" else (shape[0], prod(shape[1:]))
+    def _matrix(self, shape: torch.Size) -> torch.Size:
+        return matrix_shape(shape, "balanced" if self.conv == "balanced" else "kernel")

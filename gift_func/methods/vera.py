@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from math import sqrt
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 from ..select import Site
 from ..weights import ScaledLowRank, Weight
 from .factored import FactoredMethod
-from .layout import Layout, layout_of, matrix_of
-from .options import check_whole
+from .matrix import matrix_shape
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,22 @@ class VeRA(FactoredMethod):
         Kopiczko et al., VeRA, 2023 (arXiv:2310.11454).
     """
 
+    whole = ("rank",)
+
     rank: int = 256
     _: KW_ONLY
     projection_prng_key: int = 0
     d_initial: float = 0.1
     dropout: float = 0.0
     dtype: torch.dtype | None = None
-    layout: Layout = field(default="matrix", init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole(self, "rank")
 
     def init_tensors(self, site: Site, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        lead, rows, _ = matrix_of(site.parameter.shape, self.layout)
+        *lead, rows, _ = matrix_shape(site.parameter.shape, self.layout)
         b = self.empty(site.parameter, *lead, rows).zero_()
         return {"vera_lambda_b": b, "vera_lambda_d": b.new_full((*lead, self.rank), self.d_initial)}
 
     def shared_tensors(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        shapes = [matrix_of(site.parameter.shape, layout_of(site))[1:] for site in sites]
+        shapes = [matrix_shape(site.parameter.shape, self.for_site(site).layout)[-2:] for site in sites]
         rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
         first = sites[0].parameter
         own = None if first.is_meta else torch.Generator().manual_seed(self.projection_prng_key)
@@ -80,7 +76,7 @@ class VeRA(FactoredMethod):
 
     def weight(self, base: Weight, tensors: Mapping[str, Tensor]) -> Weight:
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
-        _, rows, columns = matrix_of(base.shape, self.layout)
+        rows, columns = matrix_shape(base.shape, self.layout)[-2:]
         inner, outer = tensors["vera_A"][:, :columns], tensors["vera_B"][:rows]
         if self.layout == "transposed":
             return ScaledLowRank(base, inner.mT, d, outer.mT, columns=b, dropout=self.dropout)

@@ -94,20 +94,7 @@ class WeightMethod(Method, base=True):
 def by_shape(init_tensors: InitTensors) -> InitTensors:
     """Mark an `init_tensors` whose names, shapes and types depend on the method and the parameter's shape and type alone.
 
-    Where no values are wanted it is then called once for all sites that are alike.
+    Where no values are wanted it is then called once for all sites that are alike. An override of it is not marked.
     """
     vars(init_tensors)["by_shape"] = True
     return init_tensors
-
-
-def is_by_shape(method: WeightMethod) -> bool:
-    """Whether the method's `init_tensors` is marked so; an override of a subclass is not, unless it is marked itself."""
-    return getattr(type(method).init_tensors, "by_shape", False)
-
-
-def is_computed(module: nn.Module, param_name: str) -> bool:
-    """Whether the module computes this weight (weight_norm, spectral_norm, parametrize) and owns no such parameter."""
-    if param_name in module._parameters:
-        return False
-    parametrized = nn.utils.parametrize.is_parametrized(module, param_name)
-    return parametrized or isinstance(module.__dict__.get(param_name), Tensor)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .low_rank import LowRank
 from .output_dropout import NO_DROPOUT, OutputDropout
-from .value import OnBase, Weight, add_scaled
+from .value import OnBase, Weight, add_scaled, without_padding
 
 
 class Hadamard(OnBase):
@@ -26,12 +26,7 @@ class Hadamard(OnBase):
     """
 
     def __init__(
-        self,
-        base: Weight,
-        tensors: Mapping[str, Tensor],
-        scale: float,
-        transposed: bool,
-        dropout: OutputDropout = NO_DROPOUT,
+        self, base: Weight, tensors: Mapping[str, Tensor], scale: float, transposed: bool, dropout: OutputDropout = NO_DROPOUT
     ) -> None:
         self.base = base
         self.dropout = dropout
@@ -47,8 +42,8 @@ class Hadamard(OnBase):
         return plain and self.base.shape == torch.Size([self.a1.shape[-2], self.b1.shape[-1]])
 
     def dense(self) -> Tensor:
-        first = _product(self.a1 * self.scale, self.b1, self.t1)
-        change = first * _product(self.a2, self.b2, self.t2)
+        first = product(self.a1 * self.scale, self.b1, self.t1)
+        change = first * product(self.a2, self.b2, self.t2)
         if self.dropout:
             lead = change.shape[: self.a1.ndim - 1]
             change = change * self.dropout.factor(change, *lead).reshape(*lead, *[1] * (change.ndim - len(lead)))
@@ -71,11 +66,9 @@ class Hadamard(OnBase):
         if not self._is_matrix:
             return super().choose(pick, padding)
         change = (pick(self.a1) @ self.b1) * (pick(self.a2) @ self.b2)
-        if padding is not None:
-            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
-        return add_scaled(self.base.choose(pick, padding), change, self.scale)
+        return add_scaled(self.base.choose(pick, padding), without_padding(change, padding), self.scale)
 
 
-def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+def product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """`A·B`, or a Tucker core with A on its first dimension and B on its second: `(out, in, k...)`."""
     return a @ b if core is None else torch.einsum("ij...,jc,oi->oc...", core, b, a)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.choice import autocasts
+from .hadamard import product
 from .output_dropout import NO_DROPOUT, OutputDropout
-from .value import OnBase, Weight, add_scaled, dense_linear
+from .value import OnBase, Weight, add_scaled, dense_linear, without_padding
 
 
 class Kronecker(OnBase):
@@ -24,12 +25,7 @@ class Kronecker(OnBase):
     """
 
     def __init__(
-        self,
-        base: Weight,
-        tensors: Mapping[str, Tensor],
-        scale: float,
-        transposed: bool,
-        dropout: OutputDropout = NO_DROPOUT,
+        self, base: Weight, tensors: Mapping[str, Tensor], scale: float, transposed: bool, dropout: OutputDropout = NO_DROPOUT
     ) -> None:
         self.base = base
         self.dropout = dropout
@@ -41,8 +37,8 @@ class Kronecker(OnBase):
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """s·C `(..., a, c)` and D `(..., b, d)`, a kernel's as `(b, d·k...)`; both transposed if their product is."""
-        c = _product(self.w1, self.w1_a, self.w1_b, None) * self.scale
-        d = _product(self.w2, self.w2_a, self.w2_b, self.t2)
+        c = _factor(self.w1, self.w1_a, self.w1_b, None) * self.scale
+        d = _factor(self.w2, self.w2_a, self.w2_b, self.t2)
         d = d if d.ndim == c.ndim else d.flatten(1)
         return (c.mT, d.mT) if self.transposed else (c, d)
 
@@ -76,9 +72,7 @@ class Kronecker(OnBase):
             return super().choose(pick, padding)
         row = pick(torch.arange(self.shape[0], device=left.device).unsqueeze(-1)).squeeze(-1)
         change = (left[row // b].unsqueeze(-1) * right[row % b].unsqueeze(-2)).flatten(-2)
-        if padding is not None:
-            change = torch.where(padding.unsqueeze(-1), change.detach(), change)
-        return add_scaled(self.base.choose(pick, padding), change, 1.0)
+        return add_scaled(self.base.choose(pick, padding), without_padding(change, padding), 1.0)
 
     @property
     def mT(self) -> Weight:
@@ -87,10 +81,10 @@ class Kronecker(OnBase):
         return self.replace(base=self.base.mT, transposed=not self.transposed)
 
 
-def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
+def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
     """A factor as it is, as a product of two, or as a Tucker core between two."""
     if whole is not None:
         return whole
     assert a is not None
     assert b is not None
-    return a @ b if core is None else torch.einsum("ij...,jd,ib->bd...", core, b, a)
+    return product(a if core is None else a.mT, b, core)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import AdaptError
 from ..kernels.choice import autocasts
 from ..kernels.convolution import Conv, can_split, split_convolution, splitting_pays
 from ..kernels.fused_linear import low_rank_linear
-from .value import Convolution, Dense, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
+from .value import Convolution, Dense, Index, InputDropout, Weight, add_scaled, as_weight, dense_linear
 
 
-class LowRank(OnBase):
+class LowRank(InputDropout):
     """`W + s·reshape(left @ right)`, with dropout of the change's input.
 
     Args:
@@ -28,12 +27,7 @@ class LowRank(OnBase):
     """
 
     def __init__(
-        self,
-        base: Weight | Tensor,
-        left: Tensor,
-        right: Tensor,
-        scale: float | Tensor = 1.0,
-        dropout: float = 0.0,
+        self, base: Weight | Tensor, left: Tensor, right: Tensor, scale: float | Tensor = 1.0, dropout: float = 0.0
     ) -> None:
         self.base = as_weight(base)
         self.left = left
@@ -42,24 +36,12 @@ class LowRank(OnBase):
         self.dropout = dropout
 
     @property
-    def needs_input(self) -> bool:
-        return bool(self.dropout) or self.base.needs_input
-
-    @property
     def _is_matrix(self) -> bool:
         """Whether the product of the factors has W's own shape, and not that of W flattened."""
         return self.left.shape[:-1] == self.base.shape[:-1]
 
-    def _change(self) -> Tensor:
+    def change(self) -> Tensor:
         return (self.left @ self.right).reshape(self.base.shape)
-
-    def dense(self) -> Tensor:
-        if self.dropout:
-            raise AdaptError(
-                f"dropout={self.dropout} acts on an operation's input, and this operation reads the weight of shape "
-                f"{tuple(self.shape)} as a whole. Give this site a method without dropout, or call eval()."
-            )
-        return add_scaled(self.base.dense(), self._change(), self.scale)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self._is_matrix:
@@ -81,7 +63,7 @@ class LowRank(OnBase):
         y = self.base.convolve(x, conv, bias)
         thin = F.dropout(x, self.dropout) if self.dropout else x
         if two is None:
-            return add_scaled(y, conv(thin, self._change().to(x.dtype), None), self.scale)
+            return add_scaled(y, conv(thin, self.change().to(x.dtype), None), self.scale)
         left, right = self.left, self.right
         if thin.dtype != right.dtype and not autocasts(x):
             thin = thin.to(right.dtype)

@@ -18,11 +18,9 @@ class LowRankFromStart(LowRank):
     zero at the start, and without the cancellation of two large products later.
 
     Args:
-        base: W, of any shape.
-        now: left and right, as in `LowRank`.
+        base, scale, dropout: as in `LowRank`.
+        now: left and right.
         start: left₀ and right₀, of the same shapes.
-        scale: s.
-        dropout: as in `LowRank`.
     """
 
     def __init__(self, base: Weight, now: Pair, start: Pair, scale: float | Tensor, dropout: float = 0.0) -> None:

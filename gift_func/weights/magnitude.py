@@ -62,11 +62,6 @@ class Magnitude(OnBase):
         norm = self.norm().to(self.magnitude.dtype)
         return self.magnitude.reshape(norm.shape) / torch.where(norm > 0, norm, 1)
 
-    def _gain_of_features(self) -> Tensor:
-        """The gain in a shape that broadcasts to activations `(..., tokens, features)`."""
-        gain = self._gain()
-        return gain.unsqueeze(-2) if gain.ndim > 1 else gain
-
     def dense(self) -> Tensor:
         v = self.base.dense()
         gain = self._gain()
@@ -76,7 +71,8 @@ class Magnitude(OnBase):
         v, w = self.base, self.base.base
         if self.squares is None:
             return super().linear(x, bias)
-        gain = self._gain_of_features()
+        gain = self._gain()
+        gain = gain.unsqueeze(-2) if gain.ndim > 1 else gain  # to broadcast to activations `(..., tokens, features)`
         if v.dropout:
             thin = F.dropout(x, v.dropout)
             if self.over == -2:

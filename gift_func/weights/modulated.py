@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .low_rank import LowRank
-from .value import Convolution, Index, OnBase, Weight
+from .value import Convolution, Index, OnBase, Weight, without_padding
 
 
 class Modulated(OnBase):
@@ -54,8 +53,7 @@ class Modulated(OnBase):
         if v.ndim != 2 or v.left.shape[0] != v.shape[0]:
             return super().choose(pick, padding)
         rows = v.base.choose(pick, padding)
-        change = (rows * (pick(v.left) @ v.right)).to(rows.dtype)
-        return rows + (change if padding is None else torch.where(padding.unsqueeze(-1), change.detach(), change))
+        return rows + without_padding((rows * (pick(v.left) @ v.right)).to(rows.dtype), padding)
 
     @property
     def mT(self) -> Weight:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..kernels.choice import can_fuse
 from ..kernels.rotated_linear import rotated_linear
-from .value import Dense, Index, OnBase, Side, Weight, as_weight
+from .value import Dense, Index, OnBase, Side, Weight, as_weight, without_padding
 
 MIN_TOKENS_ROTATED = 512
 """Tokens from which on the fused kernel is faster (measured: slower at 256, faster at 768)."""
@@ -63,8 +63,7 @@ class Rotated(OnBase):
     def lookup(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         if self.side == "output" or self.ndim != 2:
             return super().lookup(pick, padding)
-        found = self._rotated(self.base.lookup(pick, padding), not self.inverse)
-        return found if padding is None else torch.where(padding.unsqueeze(-1), found.detach(), found)
+        return without_padding(self._rotated(self.base.lookup(pick, padding), not self.inverse), padding)
 
     @property
     def mT(self) -> Weight:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gain import apply_gain
-from .value import Index, OnBase, Side, Weight, as_weight
+from .value import Index, OnBase, Side, Weight, as_weight, without_padding
 
 
 class Scaled(OnBase):
@@ -53,8 +53,7 @@ class Scaled(OnBase):
         if self.side == "output" or self.ndim != 2:
             return super().lookup(pick, padding)
         rows = self.base.lookup(pick, padding)
-        scaled = (rows * self.factor.squeeze(-2)).to(rows.dtype)
-        return scaled if padding is None else torch.where(padding.unsqueeze(-1), scaled.detach(), scaled)
+        return without_padding((rows * self.factor.squeeze(-2)).to(rows.dtype), padding)
 
     @property
     def mT(self) -> Weight:

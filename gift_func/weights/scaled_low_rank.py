@@ -17,14 +17,12 @@ class ScaledLowRank(LowRank):
     A linear layer scales the activations and not the factors, so that frozen factors need no gradient.
 
     Args:
-        base: W, of any shape.
+        base, scale, dropout: as in `LowRank`.
         outer: `(..., out, r)`.
         middle: `(..., r)`.
         inner: `(..., r, in)`.
         rows: `(..., out)`, or None for ones.
         columns: `(..., in)`, or None for ones.
-        scale: s.
-        dropout: as in `LowRank`.
     """
 
     def __init__(

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import AdaptError
 from ..kernels.choice import autocasts, can_fuse
 from ..kernels.shared_linear import forming_pays, shared_linear
-from .value import Dense, Index, OnBase, Weight, add_scaled, as_weight, dense_linear
+from .value import Dense, Index, InputDropout, OnBase, Weight, add_scaled, as_weight, dense_linear
 
 
-class SharedShards(OnBase):
+class SharedShards(InputDropout):
     """`W + Δ` with `Δ[o, i] = block[i mod r, o mod w]`.
 
     Args:
@@ -28,21 +27,11 @@ class SharedShards(OnBase):
         self.block = block
         self.dropout = dropout
 
-    @property
-    def needs_input(self) -> bool:
-        return bool(self.dropout) or self.base.needs_input
-
-    def dense(self) -> Tensor:
-        if self.dropout:
-            raise AdaptError(
-                f"dropout={self.dropout} acts on an operation's input, and this operation reads the weight of shape "
-                f"{tuple(self.shape)} as a whole. Give this site a method without dropout, or call eval()."
-            )
+    def change(self) -> Tensor:
         rows, columns = self.shape[-2:]
         rank, width = self.block.shape[-2:]
         lead = [1] * (self.block.ndim - 2)
-        change = self.block.mT.repeat(*lead, rows // width, -(-columns // rank))[..., :columns]
-        return add_scaled(self.base.dense(), change, 1.0)
+        return self.block.mT.repeat(*lead, rows // width, -(-columns // rank))[..., :columns]
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows, columns = self.shape[-2:]

@@ -69,11 +69,7 @@ class Slot(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls,
-        func: TorchFunction,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        cls, func: TorchFunction, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:

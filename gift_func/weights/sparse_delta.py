@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.choice import autocasts
-from .value import OnBase, Weight, as_weight, dense_linear
+from .value import OnBase, Weight, as_weight, dense_linear, without_padding
 
 
 class SparseDelta(OnBase):
@@ -62,7 +62,5 @@ class ReplacedRows(OnBase):
 
     def choose(self, pick: Callable[[Tensor], Tensor], padding: Tensor | None) -> Tensor:
         position = pick(self.positions).squeeze(-1)
-        chosen = self.replacement[position.clamp(min=0)].to(self.base.dtype)
-        if padding is not None:
-            chosen = torch.where(padding.unsqueeze(-1), chosen.detach(), chosen)
+        chosen = without_padding(self.replacement[position.clamp(min=0)].to(self.base.dtype), padding)
         return torch.where((position >= 0).unsqueeze(-1), chosen, self.base.choose(pick, padding))

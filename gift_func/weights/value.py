@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import AdaptError
+
 Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Index = Any
 Side = Literal["output", "input"]
@@ -174,39 +176,8 @@ class Dense(Weight):
         return Dense(self.tensor.mT)
 
 
-class Transposed(Weight):
-    """The transpose of a weight whose class has none of its own."""
-
-    def __init__(self, weight: Weight) -> None:
-        self.weight = weight
-
-    @property
-    def shape(self) -> torch.Size:
-        *lead, rows, columns = self.weight.shape
-        return torch.Size([*lead, columns, rows])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def dense(self) -> Tensor:
-        return self.weight.dense().mT
-
-    @property
-    def needs_input(self) -> bool:
-        return self.weight.needs_input
-
-    @property
-    def mT(self) -> Weight:
-        return self.weight
-
-
 class OnBase(Weight):
-    """A weight made of another weight, the base, and a change to it; shape, dtype and device are the base's."""
+    """A weight made of another weight, the base, and a change to it; by default shape, dtype and device are the base's."""
 
     base: Weight
 
@@ -225,6 +196,53 @@ class OnBase(Weight):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+
+class InputDropout(OnBase):
+    """`W + s·change`, whose change drops features of an operation's input in training: then it has no dense form.
+
+    Attributes:
+        scale: s.
+        dropout: probability of dropping an input feature of the change.
+    """
+
+    scale: float | Tensor = 1.0
+    dropout: float
+
+    @abstractmethod
+    def change(self) -> Tensor:
+        """The change without its scale and dropout, of the base's shape."""
+
+    @property
+    def needs_input(self) -> bool:
+        return bool(self.dropout) or self.base.needs_input
+
+    def dense(self) -> Tensor:
+        if self.dropout:
+            raise AdaptError(
+                f"dropout={self.dropout} acts on an operation's input, and this operation reads the weight of shape "
+                f"{tuple(self.shape)} as a whole. Give this site a method without dropout, or call eval()."
+            )
+        return add_scaled(self.base.dense(), self.change(), self.scale)
+
+
+class Transposed(OnBase):
+    """The transpose of a weight whose class has none of its own."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.base = weight
+
+    @property
+    def shape(self) -> torch.Size:
+        *lead, rows, columns = self.base.shape
+        return torch.Size([*lead, columns, rows])
+
+    def dense(self) -> Tensor:
+        return self.base.dense().mT
+
+    @property
+    def mT(self) -> Weight:
+        return self.base
 
 
 class Delta(OnBase):
@@ -270,6 +288,11 @@ def add_scaled(base: Tensor, change: Tensor, scale: float | Tensor) -> Tensor:
     else:
         change = change * scale.to(change.dtype)
     return (base + change).to(base.dtype)
+
+
+def without_padding(rows: Tensor, padding: Tensor | None) -> Tensor:
+    """Looked-up rows, of which those of padding pass on no gradient."""
+    return rows if padding is None else torch.where(padding.unsqueeze(-1), rows.detach(), rows)
 
 
 def _brief(item: object) -> str:

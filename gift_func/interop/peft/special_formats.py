@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import AdaptError, FileError
 from ...initialise import shared_name
 from ...methods import AdaLoRA, NormTuning, TrainableTokens, VeRA, WeightMethod
-from ...methods.layout import layout_of, matrix_of
+from ...methods.matrix import matrix_shape
 from ...select import Site
 from . import config as configs
 from .config import Config
@@ -115,8 +115,8 @@ class VeRAFormat(FileFormat):
             shared = {name: reader.take(f"base_model.{name}") for name in PROJECTIONS}
         else:
             shared = next(iter(rules)).shared_tensors(every) if rules else {}
-        for index, sites in enumerate(rules.values()):
-            shapes = [matrix_of(site.parameter.shape, layout_of(site))[1:] for site in sites]
+        for index, (rule, sites) in enumerate(rules.items()):
+            shapes = [matrix_shape(site.parameter.shape, rule.for_site(site).layout)[-2:] for site in sites]
             rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
             for name, tensor in shared.items():
                 own = tensor[:, :columns] if name == "vera_A" else tensor[:rows]

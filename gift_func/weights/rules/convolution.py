@@ -20,7 +20,6 @@ def _convolution(function: Callable[..., Tensor], transposed: bool) -> None:
         return weight.weight.convolve(dense_of(input), Conv(function, args, kwargs, transposed), dense_of(bias))
 
 
-for _plain in (torch.conv1d, torch.conv2d, torch.conv3d):
-    _convolution(_plain, transposed=False)
-for _transposed in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
-    _convolution(_transposed, transposed=True)
+for _dims in (1, 2, 3):
+    _convolution(getattr(torch, f"conv{_dims}d"), transposed=False)
+    _convolution(getattr(torch, f"conv_transpose{_dims}d"), transposed=True)
