@@ -14,6 +14,7 @@
   `torch.vmap` than outside; where that is the only transform, its rule can be run outside.
 - `_dynamo_marked_constant`, `_torchdynamo_disable`: what `torch.compiler.assume_constant_result` and
   `torch.compiler.disable` set on a function. As decorators these import torch._dynamo, which takes as long as importing torch.
+- `forward_ad._current_level`: there is no public way to ask whether forward-mode AD is on.
 - `CheckpointFunction`: a reentrant checkpoint whose inputs need no gradient loses the gradients of
   everything inside it; its frame on the stack is the only trace.
 """
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -38,6 +40,11 @@ def saved_tensor_hooks() -> object:
     """The saved-tensor hooks in force, or None: comparable by identity between two moments."""
     found: tuple[object, object] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return found[0] if found else None
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode AD is on (`torch.func.jvp`, `torch.autograd.forward_ad`)."""
+    return forward_ad._current_level >= 0
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_transformed
-from .function import apply, with_signature
+from .function import apply, save, with_signature
 
 MIN_ELEMENTS = 2**18
 """Elements from which on a saved pass outweighs a Python function in the graph (measured: slower at 2^17, faster at 2^19)."""
@@ -53,8 +53,7 @@ class Gain(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         v, gain, bias = inputs
         ctx.shift = None if bias is None else bias.shape
-        ctx.save_for_backward(v, gain)
-        ctx.save_for_forward(v, gain)
+        save(ctx, v, gain)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .function import apply, with_signature
+from .function import apply, save, with_signature
 from .stacked_linear import StackedLinear, output_tangents, vmap_over
 
 Sizes = tuple[int, ...]
@@ -63,8 +63,7 @@ class MixedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, left, right, ctx.scale, ctx.sizes = inputs
-        ctx.save_for_backward(x, weight, left, right, output[1])
-        ctx.save_for_forward(x, weight, left, right, output[1])
+        save(ctx, x, weight, left, right, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod

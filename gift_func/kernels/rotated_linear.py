@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._torch import is_transformed
-from .function import apply, with_signature
+from .function import apply, save, with_signature
 
 CHUNK = 2**16
 """Elements of a chunk of activations that fits in a CPU's cache."""
@@ -50,8 +50,7 @@ class RotatedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, blocks, ctx.orthogonal = inputs
-        ctx.save_for_backward(x, weight, blocks)
-        ctx.save_for_forward(x, weight, blocks)
+        save(ctx, x, weight, blocks)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .function import apply, with_signature
+from .function import apply, save, with_signature
 
 
 def forming_pays(tokens: int, rows: int, columns: int) -> bool:
@@ -55,8 +55,7 @@ class SharedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, weight, _, block = inputs
-        ctx.save_for_backward(weight, block, output[1])
-        ctx.save_for_forward(weight, block, output[1])
+        save(ctx, weight, block, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .function import apply, with_signature
+from .function import apply, save, with_signature
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,8 +41,7 @@ class StackedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, left, right, ctx.scale = inputs
-        ctx.save_for_backward(x, weight, left, right, output[1])
-        ctx.save_for_forward(x, weight, left, right, output[1])
+        save(ctx, x, weight, left, right, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
