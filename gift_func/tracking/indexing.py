@@ -17,11 +17,7 @@ Item = tuple[Any, int]
 
 
 def steps_of(index: Any, n: int, batch: BatchInfo) -> list[Item] | None:
-    """An index of a tensor of n axes as steps; a mask is replaced by the positions where it is true.
-
-    Returns:
-        None for an index of a kind that is not known.
-    """
+    """An index of a tensor of n axes as steps, with a mask as its positions; None for an index of a kind that is not known."""
     steps: list[Any] = []
     for step in index if isinstance(index, tuple) else [index]:
         if isinstance(step, (list, range)):
@@ -179,15 +175,13 @@ def track_getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) 
 def track_index_select(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
-    items = along(x, dim, index.reshape(-1) if index.dim() == 0 else index, batch)
     batch.note(tag_of(x), x.shape)
-    return indexed(x.shape, tag_of(x), items, batch)[0]
+    return indexed(x.shape, tag_of(x), along(x, dim, index), batch)[0]
 
 
-def along(x: Tensor, dim: int, index: Tensor, batch: BatchInfo) -> list[Item]:
-    """The steps of an index of one axis of a tensor."""
-    dim %= x.dim()
-    return [(index if axis == dim else slice(None), axis) for axis in range(x.dim())]
+def along(x: Tensor, dim: int, index: Tensor) -> list[Item]:
+    """The steps of an index of one axis of a tensor; a single number as a vector."""
+    return [(index.reshape(-1) if axis == dim % x.dim() else slice(None), axis) for axis in range(x.dim())]
 
 
 @rule_for("gather take_along_dim", tolerant=True)

@@ -56,7 +56,7 @@ def track_index_write(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tens
     """Writing by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     value = args[3] if len(args) > 3 else kwargs.get("source", kwargs.get("value"))
-    return written(batch, x, along(x, dim, index.reshape(-1), batch), value)
+    return written(batch, x, along(x, dim, index), value)
 
 
 @rule_for("index_put index_put_", tolerant=True)
