@@ -91,11 +91,7 @@ def call_with(network: Callable[..., Any], inputs: Any) -> Any:
 
 
 def stack_batches(parts: Sequence[Any]) -> Any:
-    """Stack the tensors of several members' inputs or targets.
-
-    Raises:
-        AdaptError: if they differ in structure or shape.
-    """
+    """Stack the tensors of several members' inputs or targets, which must have one structure and shape."""
     trees = [tree_flatten(dict(part) if isinstance(part, Mapping) else part) for part in parts]
     leaves, spec = trees[0]
     made = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ...select import Site
 from ...weights.value import Side
 from . import factors
 from .methods import Decomposed, GivenLoKr, WeightIA3
-from .module_tensors import ChangeFormat, ModuleTensors, ReadChange, Tensors, WriteChange
+from .module_tensors import ChangeFormat, ModuleTensors, Tensors, WriteChange
 
 MERGE = "Merge it where it was made (LyCORIS: merge_to), or save it natively there."
 REFUSED = {
@@ -61,8 +63,7 @@ def _read_ia3(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]
 
 def _write_ia3(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
     assert isinstance(method, IA3)
-    scales_bias = type(method) is IA3 and method.side == "output" and getattr(site.module, "bias", None) is not None
-    if scales_bias:
+    if type(method) is IA3 and method.side == "output" and getattr(site.module, "bias", None) is not None:
         raise AdaptError(
             f"{site.name!r} has its bias scaled along with it, as in the paper, and LyCORIS scales the weight alone. Use "
             "gf.interop.kohya.WeightIA3."
@@ -78,11 +79,8 @@ def change_of(method: WeightMethod, tensors: Tensors, base: Tensor) -> Tensor:
     return tensors[""] - base
 
 
-def _read_change(name: str) -> ReadChange:
-    def read(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
-        return Diff(), {"diff": source.take(name)}
-
-    return read
+def _read_change(name: str, source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+    return Diff(), {"diff": source.take(name)}
 
 
 def _write_change(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
@@ -100,8 +98,8 @@ KOHYA_FORMATS = [
     ),
     ChangeFormat("diag-OFT", "oft_blocks", "rescale alpha", _read_oft),
     ChangeFormat("IA3", "on_input", "weight", _read_ia3),
-    ChangeFormat("a change in full", "diff", "", _read_change("diff")),
-    ChangeFormat("a norm's change", "w_norm", "", _read_change("w_norm")),
+    ChangeFormat("a change in full", "diff", "", partial(_read_change, "diff")),
+    ChangeFormat("a norm's change", "w_norm", "", partial(_read_change, "w_norm")),
 ]
 BIASES = ("diff_b", "b_norm")
 
@@ -120,11 +118,7 @@ WRITERS: dict[type[WeightMethod], tuple[str, WriteChange]] = {
 
 
 def format_of(source: ModuleTensors) -> ChangeFormat:
-    """The format of a module's tensors.
-
-    Raises:
-        FileError: if they are of no known format or of several, or of one that has no method here, naming it.
-    """
+    """The format of a module's tensors; it is an error if it is not known, is one of several, or has no method here."""
     for name, what in REFUSED.items():
         if name in source.remaining:
             raise FileError(f"{source.name} holds {what} ({name}), which has no place here. {MERGE}")

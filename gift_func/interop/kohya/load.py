@@ -76,11 +76,7 @@ def load(
 
 
 def grouped_by_module(tensors: Tensors) -> dict[str, Tensors]:
-    """A file's tensors by module, and by the rest of their names.
-
-    Raises:
-        FileError: for a name without a dot.
-    """
+    """A file's tensors by module, and by the rest of their names."""
     groups: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         flat_name, dot, name = key.partition(".")

@@ -28,11 +28,7 @@ class ModuleTensors:
         self.remaining = dict(tensors)
 
     def take(self, name: str) -> Tensor:
-        """Remove a tensor of real numbers, and return it.
-
-        Raises:
-            FileError: if it is missing, or of another dtype.
-        """
+        """Remove a tensor of real numbers, and return it; it is an error if it is missing or of another dtype."""
         if name not in self.remaining:
             raise FileError(f"the file lacks {self.name}.{name}; {nearest(name, self.remaining)}")
         tensor = self.remaining.pop(name)
@@ -42,11 +38,7 @@ class ModuleTensors:
         return tensor
 
     def matrix(self, name: str) -> Tensor:
-        """Remove a factor of a product, and return it; a linear layer's may be stored as a convolution's of size 1.
-
-        Raises:
-            FileError: if it is missing or has less than two axes.
-        """
+        """Remove a factor of a product, and return it; a linear layer's may be stored as a convolution's of size 1."""
         tensor = self.take(name)
         if tensor.ndim < 2:
             raise FileError(f"{self.name}.{name} is to be a factor of a product, and has the shape {tuple(tensor.shape)}")

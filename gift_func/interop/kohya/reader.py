@@ -32,11 +32,7 @@ class KohyaReader:
         self.methods: dict[str, WeightMethod] = {}
 
     def read(self, source: ModuleTensors, module_name: str) -> None:
-        """Read all tensors of one module.
-
-        Raises:
-            FileError: if a tensor fits no parameter of the module.
-        """
+        """Read all tensors of one module."""
         for name in BIASES:
             if name in source.remaining:
                 self.place(self.site(source, module_name, "bias"), Diff(), {"diff": source.take(name)}, source)
@@ -52,11 +48,7 @@ class KohyaReader:
         self.place(site, method, tensors, source)
 
     def site(self, source: ModuleTensors, module_name: str, param_name: str) -> Site:
-        """The site of a module's weight or bias.
-
-        Raises:
-            FileError: if the module has none, or it is tied to another module's.
-        """
+        """The site of a module's weight or bias, which must be there and not be tied to another module's."""
         name = f"{module_name}.{param_name}" if module_name else param_name
         if name not in self.groups:
             raise FileError(f"{source.name} changes the {param_name} of {module_name!r}, which has none")
@@ -71,11 +63,7 @@ class KohyaReader:
         return site
 
     def place(self, site: Site, method: WeightMethod, tensors: Tensors, source: ModuleTensors) -> None:
-        """Set the method of a parameter and its tensors.
-
-        Raises:
-            FileError: if the method cannot adapt it, or a tensor has another size than the method's.
-        """
+        """Set the method of a parameter and its tensors, which must be of the names and sizes of the method's own."""
         if source.remaining and site.param_name == "weight":
             raise FileError(f"{source.name} also holds {next(iter(source.remaining))!r}, for which there is no use")
         name = self.groups[site.name][0].name
@@ -105,11 +93,7 @@ def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: Tensors
 
 
 def reshaped_to(tensor: Tensor, shape: torch.Size, local: str, source: ModuleTensors) -> Tensor:
-    """A file's tensor in the method's shape, from which it may differ by axes of size 1 and by a flattened kernel.
-
-    Raises:
-        FileError: if it differs otherwise.
-    """
+    """A file's tensor in the method's shape, from which it may differ by axes of size 1 and by a flattened kernel only."""
     same = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
     flat = tensor.ndim > len(shape) == 2 and tensor.flatten(1).shape == shape
     if not same and not flat:

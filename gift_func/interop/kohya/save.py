@@ -69,11 +69,7 @@ def save(
 
 
 def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
-    """The file's tensors.
-
-    Raises:
-        AdaptError: for what the format cannot express.
-    """
+    """The file's tensors; what the format cannot express is an error."""
     base = adapted.frozen_base
     if base.slots:
         raise AdaptError(f"the model was adapted on top of another adapter, which the file would leave out. {NATIVELY}")

@@ -63,11 +63,7 @@ class FileFormat:
         return {"modules_to_save": None, "target_modules": None, **self.keys, **patterns}
 
     def full_config(self, given: Config, ignore: Collection[str]) -> Config:
-        """The config with its defaults.
-
-        Raises:
-            FileError: for what is not supported.
-        """
+        """The config with its defaults, without keys that are not supported."""
         config = configs.complete(given, self.known, ignore, self.unsupported)
         for key in self.training:
             if config[key]:
@@ -78,11 +74,7 @@ class FileFormat:
         return config
 
     def read_file(self, reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
-        """Read a file.
-
-        Raises:
-            FileError: for what is not supported, or does not fit.
-        """
+        """Read a file; what is not supported or does not fit is an error."""
         config = configs.resolved(self.full_config(given, ignore), reader.base.tree.module)
         names = [name for name in reader.modules if name and configs.targets(config, name)]
         paths = Paths(dict.fromkeys(names, 1))
@@ -134,11 +126,7 @@ class FileFormat:
         return [FileTensor(f"{path}.{self.suffixes.get(name, name)}", name) for name in names if name not in self.drawn]
 
     def write_file(self, writer: PeftWriter) -> None:
-        """Write a file.
-
-        Raises:
-            AdaptError: for what the format cannot express.
-        """
+        """Write a file; what the format cannot express is an error."""
         sites = {name: writer.site(name) for name in writer.parts}
         paths = Paths({site.module_name: 1 for site in sites.values()})
         settings: dict[str, dict[str, Any]] = {}
@@ -178,11 +166,7 @@ class FileFormat:
 
 
 def peft_type_of(methods: Sequence[WeightMethod], kinds: Mapping[str, FileFormat]) -> str:
-    """The `peft_type` of an adapter with these methods.
-
-    Raises:
-        AdaptError: if there is none.
-    """
+    """The `peft_type` of an adapter with these methods; it is an error if there is none."""
     main = [method for method in methods if not isinstance(method, (Full, Diff, TrainableTokens, ScaledBias))]
     # What other files have in addition to their method may also be all that there is.
     alone = {type(method) for method in main or methods}
