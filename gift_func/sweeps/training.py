@@ -158,12 +158,7 @@ class SweepRun:
         return {**found, "training": Curve(torch.arange(1, self.config.steps + 1), self.losses)}
 
     def run(self, bar: Progress, save: Callable[[], None]) -> None:
-        """Train to the end.
-
-        Args:
-            bar: is updated whenever scores were taken.
-            save: is called then, and when trials were dropped.
-        """
+        """Train to the end; `save` is called whenever scores were taken or trials dropped."""
         for stop in [*sorted(self.rungs), self.config.steps]:
             for group in list(self.groups):
                 for step in [step for step in self.score_steps if group.step < step <= stop]:

@@ -73,16 +73,10 @@ def axis_of_owners(owners: Tensor) -> tuple[int, Tensor] | None:
 
 
 def indexed(shape: Sequence[int], tag: Tag, items: Sequence[Item], batch: BatchInfo) -> tuple[Tag, list[int]]:
-    """The tag and the shape of what an index reads from a tensor.
+    """The tag and the shape of what an index, as `steps_of` returns it, reads from a tensor of this shape and tag.
 
     Tensors among the steps are broadcast together. Their axes are where the steps were if those are adjacent, otherwise
     first. A single number removes its axis, as in torch, and does not count as a tensor, as it would in numpy.
-
-    Args:
-        shape: of the tensor.
-        tag: of the tensor.
-        items: as `steps_of` returns them.
-        batch: the call's batch.
     """
     kept = [(step, axis) for step, axis in items if not isinstance(step, int)]
     places = [i for i, (step, _) in enumerate(kept) if isinstance(step, Tensor)]

@@ -23,11 +23,8 @@ def _remaining(args: Args, kwargs: Kwargs, name: str) -> list[int]:
 @rule_for("view reshape flatten unflatten ravel view_as reshape_as _unsafe_view", tolerant=True)
 def track_reshape(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A reshape, in which the elements keep their order."""
-    tag = tag_of(args[0])
-    if not isinstance(tag, SampleAxis):
-        return tag
-    old, new, k = args[0].shape, result.shape, tag.axis + 1
-    if old[:k] == new[:k]:
+    tag, old, new = tag_of(args[0]), args[0].shape, result.shape
+    if not isinstance(tag, SampleAxis) or old[: tag.axis + 1] == new[: tag.axis + 1]:
         return tag
     found = reshaped(tag, old, new, batch.size)
     batch.note(found, result.shape)

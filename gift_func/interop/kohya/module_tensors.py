@@ -16,11 +16,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ModuleTensors:
-    """The tensors of one module in a file. What reads a tensor takes it, so that those that nothing reads remain.
+    """The tensors of one module in a file, by the part of their names after the module's, which has underscores for dots.
 
-    Args:
-        name: the module's name in the file, where dots are underscores.
-        tensors: by the part of their names after the module's.
+    What reads a tensor takes it, so that those that nothing reads remain.
     """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:

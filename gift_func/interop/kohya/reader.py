@@ -20,11 +20,7 @@ from .module_tensors import ModuleTensors, Tensors
 
 
 class KohyaReader:
-    """Turns a file's tensors into methods, by parameter, and an adapter's state.
-
-    Args:
-        base: the base that they adapt.
-    """
+    """Turns a file's tensors into methods, by parameter, and an adapter's state."""
 
     def __init__(self, base: FrozenBase) -> None:
         self.groups = {site.name: group for group in base.sites() for site in group}

@@ -86,13 +86,10 @@ def by_module(site: Site) -> bool:
 
 
 def lora_module(path: str, site: Site, twice: bool = False) -> list[FileTensor]:
-    """The factors of a module's weight.
+    """The factors of a module's weight; `path` is the module's outermost wrapper.
 
-    Args:
-        path: the module's outermost wrapper.
-        site: the weight.
-        twice: whether it is the `out_proj` of an attention that PEFT adapts. PEFT merges its change and then has the layer
-            merge it again, so there a file's tensors stand for twice their product.
+    `twice` is for the `out_proj` of an attention that PEFT adapts. PEFT merges its change and then has the layer merge it
+    again, so there a file's tensors stand for twice their product.
     """
     if isinstance(site.module, nn.Embedding):
         # PEFT's product is that of the transposed table.

@@ -41,16 +41,9 @@ class PeftReader:
         return self.remaining.pop(key)
 
     def place(self, site: Site, method: WeightMethod, file_tensors: Sequence[FileTensor], tied: bool = False) -> None:
-        """Set the method of a parameter and its tensors.
+        """Set the method of a parameter and its tensors; it is an error if one is missing.
 
-        Args:
-            site: the parameter.
-            method: how it is adapted.
-            file_tensors: its tensors.
-            tied: whether the file means a tied parameter in all modules that have it.
-
-        Raises:
-            FileError: if a tensor is missing, or the file means one module of several with a tied parameter.
+        With `tied` the file means a tied parameter in all modules that have it; otherwise a tied parameter is an error.
         """
         group = self.groups[site.name]
         if len(group) > 1 and not tied:
