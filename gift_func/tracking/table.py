@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,12 +37,8 @@ class BatchInfo:
                 known.append(tag)
 
 
-class TrackingRule(Protocol):
-    """A function that returns the tag of a torch function's result, or a list of tags for a result of several tensors."""
-
-    def __call__(self, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any, /) -> Any:
-        """The tag or tags, given the call's arguments and what the function returned."""
-
+TrackingRule = Callable[[BatchInfo, Args, Kwargs, Any], Any]
+"""Returns the tag of a torch function's result, or a list of tags for several tensors, given its arguments and the result."""
 
 AxisRule = Callable[[Tensor, SampleAxis, BatchInfo, Args, Kwargs, Any], Any]
 """A rule that is also given the first argument and its sample axis."""

@@ -181,7 +181,7 @@ def write_lora_file(writer: PeftWriter) -> None:
     if dora and (parameters or any(isinstance(writer.modules[owner], nn.MultiheadAttention) for owner in owners.values())):
         raise AdaptError("PEFT has no DoRA for nn.MultiheadAttention nor for parameters that it targets by name")
     writer.config |= {**configs.LORA_KEYS, "use_dora": dora}
-    _write_numbers(writer, {owners.get(name, name): [] for name in methods}, owners, methods, bool(parameters))
+    _write_numbers(writer, owners, methods, bool(parameters))
     for name, site in sites.items():
         if methods[name].layout == "balanced":
             raise AdaptError(f"PEFT factors the kernel {name!r} as conv='kernel' does, and not as conv='balanced'")
@@ -241,12 +241,11 @@ def _is_by_module(writer: PeftWriter, site: Site) -> bool:
     return by_module(site)
 
 
-def _write_numbers(
-    writer: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
-) -> None:
+def _write_numbers(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA], parameters: bool) -> None:
     """Write ranks, alphas, dropout and `use_rslora`; a module that PEFT adapts as one has one rank."""
+    places: dict[str, list[LoRA]] = {}
     for name, method in methods.items():
-        places[owners.get(name, name)].append(method)
+        places.setdefault(owners.get(name, name), []).append(method)
     rslora = all(method.rslora for method in methods.values())
     ranks = {place: shared_value(f"rank for {place!r}", [m.rank for m in found]) for place, found in places.items()}
     scales = {place: shared_value(f"scale for {place!r}", [m.scale for m in found]) for place, found in places.items()}
