@@ -52,11 +52,10 @@ def settings_of(trials: Sequence[RecordedTrial], optimizer: Callable[..., Any]) 
     names = [name for name in dict.fromkeys(key for trial in trials for key in trial) if name in arguments and name != "params"]
     found = []
     for index, trial in enumerate(trials):
-        own = {}
-        for name in names:
-            if name not in trial and arguments[name].default is inspect.Parameter.empty:
-                raise AdaptError(f"trial {index} lacks {name!r}, which others have and for which the optimizer has no default")
-            own[name] = trial[name] if name in trial else arguments[name].default
+        own = {name: trial[name] if name in trial else arguments[name].default for name in names}
+        lacking = next((name for name, value in own.items() if value is inspect.Parameter.empty), None)
+        if lacking is not None:
+            raise AdaptError(f"trial {index} lacks {lacking!r}, which others have and for which the optimizer has no default")
         found.append(own)
     return found
 

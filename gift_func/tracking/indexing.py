@@ -24,14 +24,13 @@ def steps_of(index: Any, n: int, batch: BatchInfo) -> list[Item] | None:
             if not all(isinstance(item, (int, bool)) for item in step):
                 return None
             step = torch.as_tensor(list(step))
-        if isinstance(step, bool) or (isinstance(step, Tensor) and step.dim() == 0 and step.dtype == torch.bool):
+        single = isinstance(step, Tensor) and step.dim() == 0
+        if isinstance(step, bool) or (single and (step.dtype == torch.bool or tag_of(step) is not None)):
             return None
         if isinstance(step, Tensor) and step.dtype == torch.bool:
             steps.extend(_mask_positions(step, batch))
-        elif isinstance(step, Tensor) and step.dim() == 0 and tag_of(step) is None:
-            steps.append(int(step))
         else:
-            steps.append(step)
+            steps.append(int(step) if single else step)
     whole = [slice(None)] * (n - sum(step is not None and step is not Ellipsis for step in steps))
     at = next((i for i, step in enumerate(steps) if step is Ellipsis), len(steps))
     steps[at : at + 1] = whole
@@ -63,9 +62,9 @@ def _sliced(tag: SampleAxis, axis: int, size: int, step: slice, batch: BatchInfo
 
 def axis_of_owners(owners: Tensor) -> tuple[int, Tensor] | None:
     """The only axis along which owners vary, and the owners along it; None if they vary along several."""
+    if owners.dim() == 1:
+        return 0, owners
     for axis, size in enumerate(owners.shape):
-        if owners.dim() == 1:
-            return 0, owners
         table = owners.movedim(axis, 0).reshape(size, -1)
         if table.numel() and bool((table == table[:, :1]).all()):
             return axis, table[:, 0]
@@ -158,7 +157,7 @@ def track_getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) 
         if simple is not None:
             return simple
     items = steps_of(index, x.dim(), batch)
-    if items is None or any(isinstance(step, Tensor) and step.dim() == 0 for step, _ in items):
+    if items is None:
         return UNTRACKED
     batch.note(tag, x.shape)
     found, shape = indexed(x.shape, tag, items, batch)
