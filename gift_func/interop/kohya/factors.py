@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -120,12 +121,10 @@ def side_of(source: ModuleTensors, site: Site) -> Side:
     """Whether the magnitudes are of outputs or of inputs, by their shape."""
     shape, w = tuple(source.remaining["dora_scale"].shape), site.parameter.shape
     ones = (1,) * (len(w) - 2)
-    flat = shape + (1,) * (len(w) - len(shape)) if len(shape) >= 2 else ()
-    while len(flat) > len(w) and flat[-1] == 1:
-        flat = flat[:-1]
-    if flat == (w[0], 1, *ones):
+    sides = shape[:2] if set(shape[2:]) <= {1} else ()
+    if sides == (w[0], 1):
         return "output"
-    if flat == (1, w[1], *ones):
+    if sides == (1, w[1]):
         return "input"
     raise FileError(
         f"{source.name}.dora_scale is to be {(w[0], 1, *ones)} for outputs, or {(1, w[1], *ones)} for inputs, and is {shape}"
@@ -136,7 +135,7 @@ def fits_site(method: WeightMethod, site: Site, tensors: Tensors) -> bool:
     """Whether the method's tensors at the site have these names and, axes of size 1 apart, these shapes."""
     if method.why_not(site) is not None:
         return False
-    bare = Site(site.name, site.module_name, site.param_name, site.module, torch.empty_like(site.parameter, device="meta"))
+    bare = replace(site, parameter=torch.empty_like(site.parameter, device="meta"))
     made = method.for_site(bare).init_tensors(bare, torch.Generator())
     sizes = {name: [n for n in tensor.shape if n != 1] for name, tensor in made.items()}
     return sizes == {name: [n for n in tensor.shape if n != 1] for name, tensor in tensors.items()}

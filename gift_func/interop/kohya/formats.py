@@ -118,7 +118,7 @@ WRITERS: dict[type[WeightMethod], tuple[str, WriteChange]] = {
 
 
 def format_of(source: ModuleTensors) -> ChangeFormat:
-    """The format of a module's tensors; it is an error if it is not known, is one of several, or has no method here."""
+    """The format of a module's tensors, which must be of one known format that has a method here."""
     for name, what in REFUSED.items():
         if name in source.remaining:
             raise FileError(f"{source.name} holds {what} ({name}), which has no place here. {MERGE}")

@@ -69,7 +69,7 @@ class KohyaReader:
         if lack is not None:
             raise FileError(f"{source.name} would adapt {site.name!r} by {method}, which needs {lack}")
         method = with_widest_dtype(method, site.parameter.dtype, tensors)
-        bare = replace(site, parameter=torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta"))
+        bare = replace(site, parameter=torch.empty_like(site.parameter, device="meta"))
         placement = Placement(name, bare, method.for_site(bare), method)
         wanted = Shapes(torch.Generator()).own(placement)
         if wanted.keys() != tensors.keys():
