@@ -54,23 +54,18 @@ class LRU(Generic[Key, Cached]):
         """Set the value of a key, and return it."""
         with self._lock:
             self._values[key] = value
-            self._values.move_to_end(key)
-            self._shrink()
-        return value
+            return self.setdefault(key, value)
 
     def setdefault(self, key: Key, value: Cached) -> Cached:
         """Set the value of a key unless it has one, which another thread may have set; the value that it has now."""
         with self._lock:
             value = self._values.setdefault(key, value)
             self._values.move_to_end(key)
-            self._shrink()
+            while len(self._values) > self.size:
+                self._values.popitem(last=False)
         return value
 
     def discard(self, key: Key) -> None:
         """Drop a key and its value, if it is there."""
         with self._lock:
             self._values.pop(key, None)
-
-    def _shrink(self) -> None:
-        while len(self._values) > self.size:
-            self._values.popitem(last=False)

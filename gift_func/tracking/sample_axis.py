@@ -63,9 +63,9 @@ class TrackSamples(TorchFunctionMode):
     def __torch_function__(
         self, func: TorchFunction, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in METADATA:
-            return func(*args, **kwargs) if kwargs else func(*args)
         result = func(*args, **kwargs) if kwargs else func(*args)
+        if func in METADATA:
+            return result
         if func in READERS:
             self.answers.append(result)
             return result
@@ -107,10 +107,7 @@ class TrackSamples(TorchFunctionMode):
                 made = UNTRACKED
         if made is UNTRACKED:
             made = untracked or Untracked(_name(func))
-        if not written and type(made) is SampleAxis and isinstance(target, Tensor):
-            target.__dict__[TAG_KEY] = made
-        else:
-            _tag_result(target, made, func, written)
+        _tag_result(target, made, func, written)
 
 
 def _tag_result(target: Any, made: Any, func: TorchFunction, written: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -143,14 +143,11 @@ def aligned(tensor: Tensor, shape: Sequence[int], batch: BatchInfo) -> Tag:
     return placed(tag, axis, tensor.shape[tag.axis], shape[axis], batch.size)
 
 
-def broadcast(values: Iterator[Any] | Sequence[Any], shape: Sequence[int], batch: BatchInfo) -> Tag:
-    """The tag of a result for which several arguments are broadcast to a shape."""
+def broadcast(operands: Iterable[Tensor], shape: Sequence[int], batch: BatchInfo) -> Tag:
+    """The tag of a result for which several tensors are broadcast to a shape."""
     found: Tag = None
-    for value in values:
-        if isinstance(value, Tensor):
-            found = merge(found, aligned(value, shape, batch), shape, batch.size)
-            if isinstance(found, Untracked):
-                break
+    for tensor in operands:
+        found = merge(found, aligned(tensor, shape, batch), shape, batch.size)
     return found
 
 
