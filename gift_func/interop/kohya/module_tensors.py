@@ -11,7 +11,7 @@ from ...errors import FileError, nearest
 from ...methods import WeightMethod
 from ...select import Site
 
-Tensors = dict[str, Tensor]
+TensorDict = dict[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,10 +57,10 @@ class ModuleTensors:
         return None if alpha in (0.0, rank) else alpha
 
 
-ReadChange = Callable[[ModuleTensors, Site], tuple[WeightMethod, Tensors]]
+ReadChange = Callable[[ModuleTensors, Site], tuple[WeightMethod, TensorDict]]
 """Reads the change of a weight: returns the method that it stands for, and the method's tensors."""
 
-WriteChange = Callable[[WeightMethod, Tensors, Site, Tensor], Tensors]
+WriteChange = Callable[[WeightMethod, TensorDict, Site, Tensor], TensorDict]
 """Returns a method's tensors by their names in a file; the last argument is the base's weight."""
 
 

@@ -16,7 +16,7 @@ from ...select import Site
 from ...strategy import Placement
 from .formats import BIASES, format_of
 from .methods import Decomposed, is_host
-from .module_tensors import ModuleTensors, Tensors
+from .module_tensors import ModuleTensors, TensorDict
 
 
 class KohyaReader:
@@ -24,7 +24,7 @@ class KohyaReader:
 
     def __init__(self, base: FrozenBase) -> None:
         self.groups = {site.name: group for group in base.sites() for site in group}
-        self.state: Tensors = {}
+        self.state: TensorDict = {}
         self.methods: dict[str, WeightMethod] = {}
 
     def read(self, source: ModuleTensors, module_name: str) -> None:
@@ -58,7 +58,7 @@ class KohyaReader:
             )
         return site
 
-    def place(self, site: Site, method: WeightMethod, tensors: Tensors, source: ModuleTensors) -> None:
+    def place(self, site: Site, method: WeightMethod, tensors: TensorDict, source: ModuleTensors) -> None:
         """Set the method of a parameter and its tensors, which must be of the names and sizes of the method's own."""
         if source.remaining and site.param_name == "weight":
             raise FileError(f"{source.name} also holds {next(iter(source.remaining))!r}, for which there is no use")
@@ -80,7 +80,7 @@ class KohyaReader:
         self.methods[name] = method
 
 
-def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: Tensors) -> WeightMethod:
+def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: TensorDict) -> WeightMethod:
     """The method with the widest of the tensors' dtypes, if it has a field for it and the parameter's dtype is another."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     if isinstance(method, Decomposed):
