@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar, overload
 
 Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
+Cached = TypeVar("Cached")
 Default = TypeVar("Default")
 
 
-class LRU(Generic[Key, Value]):
+class LRU(Generic[Key, Cached]):
     """A dictionary of at most `size` values, from which the least recently used is dropped; safe under threads.
 
     To not keep an object alive that is a key, use `weakref.ref(object, cache.discard)` as the key.
@@ -31,7 +31,7 @@ class LRU(Generic[Key, Value]):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._values: OrderedDict[Key, Cached] = OrderedDict()
         # Dropping a value can run finalizers and callbacks of weak references, which may use this cache again.
         self._lock = threading.RLock()
 
@@ -39,9 +39,9 @@ class LRU(Generic[Key, Value]):
         return len(self._values)
 
     @overload
-    def get(self, key: Key) -> Value | None: ...
+    def get(self, key: Key) -> Cached | None: ...
     @overload
-    def get(self, key: Key, default: Default) -> Value | Default: ...
+    def get(self, key: Key, default: Default) -> Cached | Default: ...
     def get(self, key: Key, default: object = None) -> object:
         """The value of a key, which is then the one used last, or `default`."""
         with self._lock:
@@ -50,27 +50,22 @@ class LRU(Generic[Key, Value]):
             self._values.move_to_end(key)
             return self._values[key]
 
-    def put(self, key: Key, value: Value) -> Value:
+    def put(self, key: Key, value: Cached) -> Cached:
         """Set the value of a key, and return it."""
         with self._lock:
             self._values[key] = value
-            self._values.move_to_end(key)
-            self._shrink()
-        return value
+            return self.setdefault(key, value)
 
-    def setdefault(self, key: Key, value: Value) -> Value:
+    def setdefault(self, key: Key, value: Cached) -> Cached:
         """Set the value of a key unless it has one, which another thread may have set; the value that it has now."""
         with self._lock:
             value = self._values.setdefault(key, value)
             self._values.move_to_end(key)
-            self._shrink()
+            while len(self._values) > self.size:
+                self._values.popitem(last=False)
         return value
 
     def discard(self, key: Key) -> None:
         """Drop a key and its value, if it is there."""
         with self._lock:
             self._values.pop(key, None)
-
-    def _shrink(self) -> None:
-        while len(self._values) > self.size:
-            self._values.popitem(last=False)

@@ -31,10 +31,10 @@ class BaseChangedWarning(UserWarning):
     """The frozen base's tensors were written to after `adapt`."""
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """The known names most similar to `name`, as the end of an error message."""
     choices = list(known)
-    close = get_close_matches(name, choices, n=count, cutoff=0.4) or choices[:count]
+    close = get_close_matches(name, choices, cutoff=0.4) or choices[:3]
     if not close:
         return "there are none"
     return "the nearest are " + ", ".join(repr(choice) for choice in close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, sqrt
 from typing import Any
 
@@ -162,33 +163,30 @@ def _spectra(
     for name, tensor in FastPath(base, tree, ()).bindings({}, ()).items():
         tree.bind(name, tensor)
     seen: dict[str, _Scatter] = {}
-    selected: list[Tensor | None] = [None]
+    selected: Tensor | None = None
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows = _positions(module, args[0] if args else next(iter(kwargs.values())))
-            if selected[0] is not None:
-                if selected[0].shape != rows.shape[:-1]:
-                    raise AdaptError(
-                        f"the mask has shape {tuple(selected[0].shape)}, and {name!r} is given inputs at positions of shape "
-                        f"{tuple(rows.shape[:-1])}"
-                    )
-                rows = rows[selected[0].to(rows.device, torch.bool)]
-            rows = rows.reshape(-1, rows.shape[-1]).double()
-            width = rows.shape[-1]
-            start = seen.get(name) or _Scatter(0, rows.new_zeros(width), rows.new_zeros(width, width))
-            seen[name] = start.plus(rows)
-
-        return hook
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = _positions(module, args[0] if args else next(iter(kwargs.values())))
+        if selected is not None:
+            if selected.shape != rows.shape[:-1]:
+                raise AdaptError(
+                    f"the mask has shape {tuple(selected.shape)}, and {name!r} is given inputs at positions of shape "
+                    f"{tuple(rows.shape[:-1])}"
+                )
+            rows = rows[selected.to(rows.device, torch.bool)]
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        width = rows.shape[-1]
+        start = seen.get(name) or _Scatter(0, rows.new_zeros(width), rows.new_zeros(width, width))
+        seen[name] = start.plus(rows)
 
     for name, placement in sites.items():
         for module, attribute in tree.places[name]:
             reason = _why_not(placement.rule, module, attribute)
             if reason:
                 raise AdaptError(f"EVA cannot find a start for {placement.site.name!r} of {type(module).__name__}: {reason}")
-            module.register_forward_pre_hook(recorder(name), with_kwargs=True)
+            module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
     for batch in batches:
-        selected[0] = None if mask is None else mask(batch)
+        selected = None if mask is None else mask(batch)
         forward(tree.module, batch)
     for name, placement in sites.items():
         if name not in seen or not seen[name].count:

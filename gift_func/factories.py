@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -22,7 +22,7 @@ Outcome = Method | Mapping[str, Method]
 
 def c_name_equal(name: str) -> Check:
     """A check that holds for modules of this name in their parent: `"q_proj"`, not `"layers.0.q_proj"`."""
-    return _Among("name", (_one(name, "c_name_equal"),))
+    return _Among("name", _one(name, "c_name_equal"))
 
 
 def c_name_in(names: Iterable[str]) -> Check:
@@ -36,7 +36,7 @@ def c_name_in(names: Iterable[str]) -> Check:
 
 def c_cname_equal(class_name: str) -> Check:
     """A check that holds for modules whose class has this name; `c_type` includes subclasses."""
-    return _Among("class_name", (_one(class_name, "c_cname_equal"),))
+    return _Among("class_name", _one(class_name, "c_cname_equal"))
 
 
 def c_cname_in(class_names: Iterable[str]) -> Check:
@@ -101,12 +101,9 @@ def a_adapt(method: Method | type[Method] | Callable[..., Outcome]) -> Action:
         >>> list(gf.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), [rule]).adapter)
         ['0.lora_B', '0.lora_A']
     """
-    if isinstance(method, Method):
+    if isinstance(method, Method) or (isinstance(method, type) and issubclass(method, Method)):
         return _Adapt(method)
-    if isinstance(method, type):
-        if issubclass(method, Method):
-            return _Adapt(method)
-    elif callable(method):
+    if callable(method) and not isinstance(method, type):
         return AdaptBy(method)
     raise TypeError(f"a_adapt takes a method such as gf.LoRA(rank=8), its class, or a function, got {method!r}")
 
@@ -138,22 +135,31 @@ class _IsInstance:
 
 
 @dataclass(frozen=True)
-class _Replace:
-    replace: Callable[..., nn.Module]
+class _ByFunction:
+    """An action that returns what a function of the module returns, which must be of some types."""
+
+    function: Callable[..., Any]
+    verb: ClassVar[str]
+    wanted: ClassVar[str]
+    types: ClassVar[tuple[type, ...]]
 
     def __call__(
         self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module, **paras: Any
-    ) -> nn.Module:
-        made = self.replace(layer_obj, **paras)
-        if not isinstance(made, nn.Module):
+    ) -> Any:
+        made = self.function(layer_obj, **paras)
+        if not isinstance(made, self.types):
             raise AdaptError(
-                f"{_name_of(self.replace)} is to replace {global_name!r} and must return a module, but it returned a "
+                f"{_name_of(self.function)} is to {self.verb} {global_name!r} and must return {self.wanted}, but it returned a "
                 f"{type(made).__name__}"
             )
         return made
 
     def __repr__(self) -> str:
-        return f"<replace by {_name_of(self.replace)}>"
+        return f"<{self.verb} by {_name_of(self.function)}>"
+
+
+class _Replace(_ByFunction):
+    verb, wanted, types = "replace", "a module", (nn.Module,)
 
 
 @dataclass(frozen=True)
@@ -171,26 +177,11 @@ class _Adapt(Pure):
         return f"<adapt by {self.method.__name__ if isinstance(self.method, type) else self.method}>"
 
 
-@dataclass(frozen=True)
-class AdaptBy:
+class AdaptBy(_ByFunction):
     """An action that adapts a module by the method, or the dict of methods, that a function returns for it."""
 
-    function: Callable[..., Outcome]
-
-    def __call__(
-        self, parent_module: nn.Module, name: str, global_name: str, class_name: str, layer_obj: nn.Module, **paras: Any
-    ) -> Outcome:
-        """What `function(layer_obj, **paras)` returns."""
-        made = self.function(layer_obj, **paras)
-        if not isinstance(made, (Method, Mapping)):
-            raise AdaptError(
-                f"{_name_of(self.function)} is to adapt {global_name!r} and must return a method such as gf.LoRA(), or a dict "
-                f"from parameter names to methods, but it returned a {type(made).__name__}"
-            )
-        return made
-
-    def __repr__(self) -> str:
-        return f"<adapt by {_name_of(self.function)}>"
+    verb, types = "adapt", (Method, Mapping)
+    wanted = "a method such as gf.LoRA(), or a dict from parameter names to methods"
 
 
 class AdaptByReading(AdaptBy, Pure):
@@ -201,10 +192,10 @@ def _name_of(function: Callable[..., Any]) -> str:
     return qualified(function) if isinstance(function, type) else getattr(function, "__qualname__", repr(function))
 
 
-def _one(name: str, factory: str) -> str:
+def _one(name: str, factory: str) -> tuple[str]:
     if not isinstance(name, str):
         raise TypeError(f"{factory} takes one name, got {name!r}")
-    return name
+    return (name,)
 
 
 def _several(names: Iterable[str], factory: str, single: str) -> tuple[str, ...]:

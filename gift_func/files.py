@@ -101,20 +101,15 @@ def contents(
         FileError: if the file is missing, damaged or no adapter file, or made for another base.
     """
     tensors, header = _read(Path(path), owned)
-    rules = _strategy(header, path) if strategy is None else strategy
-    if check_base:
-        _check_fingerprint(header["base"], base.fingerprint(), path)
-    return tensors, rules
-
-
-def _strategy(header: Mapping[str, Any], path: str | os.PathLike[str]) -> Strategy:
-    data = header["strategy"]
-    if data is None:
+    if strategy is None and header["strategy"] is None:
         raise FileError(
             f"{os.fspath(path)} was made by a strategy whose actions replaced modules, which no file can hold. Pass the same "
             "one: load_adapter(model, path, strategy=...)."
         )
-    return Strategy.from_dict(data)
+    rules = Strategy.from_dict(header["strategy"]) if strategy is None else strategy
+    if check_base:
+        _check_fingerprint(header["base"], base.fingerprint(), path)
+    return tensors, rules
 
 
 def _check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], path: str | os.PathLike[str]) -> None:
@@ -127,11 +122,10 @@ def _check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], path:
 
 def _read(path: Path, owned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = safetensors_io.read(path, copy=owned)
-    text = metadata.get(FILE_KEY)
-    if text is None:
+    if FILE_KEY not in metadata:
         raise FileError(f"{path} is a safetensors file, but not one of save_adapter")
     try:
-        header = json.loads(text)
+        header = json.loads(metadata[FILE_KEY])
         version, _, _ = header["version"], header["strategy"], header["base"]["structure"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{path} has an unreadable header, so it was changed after it was saved: {error!r}") from None

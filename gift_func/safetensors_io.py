@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -139,7 +138,7 @@ def _read_directly(path: Path) -> Contents | None:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
             # The data has neither gaps nor overlaps, so the tensors can be read in the order of their offsets.
-            entries = sorted(header.items(), key=_begin)
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
             spans = [(name, entry["shape"], _TYPES[entry["dtype"]], *entry["data_offsets"]) for name, entry in entries]
             place = 0
             for _, shape, dtype, begin, end in spans:
@@ -152,10 +151,6 @@ def _read_directly(path: Path) -> Contents | None:
             return None
         tensors = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, shape, dtype, _, _ in spans}
         return (tensors, metadata) if all(_fill(tensor, file) for tensor in tensors.values()) else None
-
-
-def _begin(item: tuple[str, Any]) -> Any:
-    return item[1]["data_offsets"]
 
 
 def _fill(tensor: Tensor, file: FileIO) -> bool:

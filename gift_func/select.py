@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -62,26 +62,34 @@ class Selector(ABC):
 
 
 @dataclass(frozen=True)
-class Name(Selector):
-    """A glob on the module's or the parameter's dotted name (`*` crosses dots)."""
+class _Pattern(Selector):
+    """A selector by one string; `key` is its name in plain data."""
 
     pattern: str
+    key: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {self.key: self.pattern}
+
+    def __repr__(self) -> str:
+        return f"{self.key}({self.pattern!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class Name(_Pattern):
+    """Select by a glob on the module's or the parameter's dotted name: `"*.q_proj"`, `"*.bias"` (`*` crosses dots)."""
+
+    key = "name"
 
     def __call__(self, site: Site) -> bool:
         return fnmatchcase(site.name, self.pattern) or fnmatchcase(site.module_name, self.pattern)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.pattern}
 
-    def __repr__(self) -> str:
-        return f"name({self.pattern!r})"
+@dataclass(frozen=True, repr=False)
+class Regex(_Pattern):
+    """Select by a regular expression that matches the whole of the module's or the parameter's dotted name."""
 
-
-@dataclass(frozen=True)
-class Regex(Selector):
-    """A regular expression that must match the whole of the module's or the parameter's dotted name."""
-
-    pattern: str
+    key = "regex"
 
     def __post_init__(self) -> None:
         try:
@@ -92,11 +100,15 @@ class Regex(Selector):
     def __call__(self, site: Site) -> bool:
         return any(re.fullmatch(self.pattern, name) for name in (site.name, site.module_name))
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"regex": self.pattern}
 
-    def __repr__(self) -> str:
-        return f"regex({self.pattern!r})"
+@dataclass(frozen=True, repr=False)
+class ParameterName(_Pattern):
+    """Select by a glob on the parameter's own name in its module: `"weight"`, `"bias"`, `"weight_ih_*"`."""
+
+    key = "parameter"
+
+    def __call__(self, site: Site) -> bool:
+        return fnmatchcase(site.param_name, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -117,23 +129,7 @@ class Type(Selector):
 
 
 @dataclass(frozen=True)
-class ParameterName(Selector):
-    """A glob on the parameter's own name in its module: `"weight"`, `"bias"`, `"weight_ih_*"`."""
-
-    pattern: str
-
-    def __call__(self, site: Site) -> bool:
-        return fnmatchcase(site.param_name, self.pattern)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"parameter": self.pattern}
-
-    def __repr__(self) -> str:
-        return f"parameter({self.pattern!r})"
-
-
-@dataclass(frozen=True)
-class Function(Selector):
+class ByFunction(Selector):
     """Any function of a site, which cannot be written as data."""
 
     function: Callable[[Site], bool]
@@ -201,14 +197,9 @@ class Not(Selector):
         return f"~{self.inner!r}"
 
 
-def name(pattern: str) -> Selector:
-    """Select by a glob on the module's or the parameter's dotted name: `"*.q_proj"`, `"*.bias"`."""
-    return Name(pattern)
-
-
-def regex(pattern: str) -> Selector:
-    """Select by a regular expression that matches the whole of the module's or the parameter's dotted name."""
-    return Regex(pattern)
+name = Name
+regex = Regex
+parameter = ParameterName
 
 
 def type_(*classes: type[nn.Module] | str) -> Selector:
@@ -218,11 +209,6 @@ def type_(*classes: type[nn.Module] | str) -> Selector:
         classes: module classes, or their qualified names (`"torch.nn.modules.linear.Linear"`).
     """
     return Type(tuple(kind if isinstance(kind, str) else qualified(kind) for kind in classes))
-
-
-def parameter(pattern: str) -> Selector:
-    """Select by a glob on the parameter's own name in its module: `"bias"`, `"weight_hh_*"`."""
-    return ParameterName(pattern)
 
 
 def qualified(kind: type) -> str:
@@ -247,7 +233,7 @@ def as_selector(value: Selector | str | Callable[[Site], bool]) -> Selector:
     if isinstance(value, str):
         return Name(value)
     if callable(value):
-        return Function(value)
+        return ByFunction(value)
     raise TypeError(f"a selector is a glob, a gf.select selector or a function of a Site, not a {type(value).__name__}")
 
 
@@ -262,10 +248,10 @@ def from_dict(data: Mapping[str, Any]) -> Selector:
             return Name(pattern)
         case {"regex": str(pattern)}:
             return Regex(pattern)
-        case {"type": [*classes]} if all(isinstance(kind, str) for kind in classes):
-            return Type(tuple(classes))
         case {"parameter": str(pattern)}:
             return ParameterName(pattern)
+        case {"type": [*classes]} if all(isinstance(kind, str) for kind in classes):
+            return Type(tuple(classes))
         case {"and": [left, right]}:
             return And(from_dict(left), from_dict(right))
         case {"or": [left, right]}:

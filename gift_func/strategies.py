@@ -11,7 +11,7 @@ They are immutable, compare by value, and can be pickled unless they contain a l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, overload
@@ -68,16 +68,16 @@ class FineTuningStrategy(Sequence[Cap]):
                     raise AdaptError(f"{name!r} has no parameter {key!r} to customize; {nearest(key, paras[name])}")
                 paras[name][key] = deepcopy(value)
         rules: list[_Rule] = []
-        for index, rule in enumerate(checks_actions_parnames):
-            made = _Rule.of(rule, index)
-            if made.paras is not None:
-                paras[made.name] = dict(deepcopy(made.paras))
-            elif made.name and made.name not in paras:
+        for index, given in enumerate(checks_actions_parnames):
+            rule, own = _rule_of(given, index)
+            if own is not None:
+                paras[rule.name] = deepcopy(dict(own))
+            elif rule.name and rule.name not in paras:
                 raise AdaptError(
-                    f"rule {index} takes the parameters {made.name!r}, which default_action_paras does not name; "
-                    f"{nearest(made.name, paras)}"
+                    f"rule {index} takes the parameters {rule.name!r}, which default_action_paras does not name; "
+                    f"{nearest(rule.name, paras)}"
                 )
-            rules.append(_Rule(made.check, made.action, made.name))
+            rules.append(rule)
         self._rules = tuple(rules)
         self._paras = paras
 
@@ -107,9 +107,6 @@ class FineTuningStrategy(Sequence[Cap]):
         rule = self._rules[index]
         return rule.check, rule.action, deepcopy(self._paras[rule.name]) if rule.name else {}
 
-    def __iter__(self) -> Iterator[Cap]:
-        return (self[index] for index in range(len(self)))
-
     def __add__(self, other: FineTuningStrategy) -> FineTuningStrategy:
         """Both strategies' rules, this one's first: `merger_strategy([self, other])`."""
         if not isinstance(other, FineTuningStrategy):
@@ -132,23 +129,22 @@ class _Rule:
     check: Check
     action: Action
     name: str
-    paras: Mapping[str, Any] | None = None
 
-    @staticmethod
-    def of(rule: object, index: int) -> _Rule:
-        if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) not in (2, 3):
-            raise AdaptError(f"rule {index} is not (check, action) or (check, action, name of its parameters): {rule!r}")
-        check, action, *rest = rule
-        if isinstance(action, Method):
-            action = a_adapt(action)
-        if not callable(check) or not callable(action):
-            raise AdaptError(f"rule {index} needs a check and an action that can be called, got {rule!r}")
-        third = rest[0] if rest else None
-        if isinstance(third, Mapping):
-            return _Rule(check, action, f"rule_{index}", third)
-        if third is not None and not isinstance(third, str):
-            raise AdaptError(f"the third part of rule {index} is the name of its parameters or a dict of them, got {third!r}")
-        return _Rule(check, action, third or "")
+
+def _rule_of(given: object, index: int) -> tuple[_Rule, Mapping[str, Any] | None]:
+    """A rule as it was given, and its own parameters if it has a dict of them."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) not in (2, 3):
+        raise AdaptError(f"rule {index} is not (check, action) or (check, action, name of its parameters): {given!r}")
+    check, action, third = (*given, None)[:3]
+    if isinstance(action, Method):
+        action = a_adapt(action)
+    if not callable(check) or not callable(action):
+        raise AdaptError(f"rule {index} needs a check and an action that can be called, got {given!r}")
+    if isinstance(third, Mapping):
+        return _Rule(check, action, f"rule_{index}"), third
+    if third is not None and not isinstance(third, str):
+        raise AdaptError(f"the third part of rule {index} is the name of its parameters or a dict of them, got {third!r}")
+    return _Rule(check, action, third or ""), None
 
 
 def merger_strategy(
@@ -279,11 +275,6 @@ class LoRAFullFineTuningStrategy(_LoRAStrategy):
     """LoRA on every nn.Linear, Conv1d, Conv2d and Conv3d, subclasses included.
 
     Arguments and errors are those of `LoRALinearFineTuningStrategy`.
-
-    Example:
-        >>> from gift_func.strategies import LoRAFullFineTuningStrategy
-        >>> LoRAFullFineTuningStrategy().paras()
-        {'lora_paras': {'rank': 3, 'lora_alpha': None, 'lora_dropout': 0.0, 'train_bias': False}}
     """
 
     layers = LoRALinearFineTuningStrategy.layers + LoRAConvFineTuningStrategy.layers

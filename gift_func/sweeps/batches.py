@@ -66,10 +66,11 @@ class Batches:
         if not data:
             raise AdaptError("the data has no batch")
         epoch, place = divmod(step, len(data))
-        with seeded(self._at(epoch)):
-            order = torch.randperm(len(data)) if self._shuffled else None
+        if self._shuffled:
+            with seeded(self._at(epoch)):
+                place = int(torch.randperm(len(data))[place])
         with seeded(self._at(step)):
-            return data[place if order is None else int(order[place])]
+            return data[place]
 
     def _drawn(self, step: int) -> Any:
         assert isinstance(self._data, Iterable)
@@ -91,11 +92,7 @@ def call_with(network: Callable[..., Any], inputs: Any) -> Any:
 
 
 def stack_batches(parts: Sequence[Any]) -> Any:
-    """Stack the tensors of several members' inputs or targets.
-
-    Raises:
-        AdaptError: if they differ in structure or shape.
-    """
+    """Stack the tensors of several members' inputs or targets, which must have one structure and shape."""
     trees = [tree_flatten(dict(part) if isinstance(part, Mapping) else part) for part in parts]
     leaves, spec = trees[0]
     made = []

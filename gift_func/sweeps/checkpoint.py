@@ -26,11 +26,7 @@ def describe(
     """What must be the same for a sweep to resume, as values that JSON returns unchanged."""
     optimizer_class = optimizer.func if isinstance(optimizer, partial) else optimizer
     description = {
-        "steps": config.steps,
-        "every": config.every,
-        "max_norm": config.max_norm,
-        "own_order": config.own_order,
-        "maximize": config.maximize,
+        **{name: getattr(config, name) for name in ("steps", "every", "max_norm", "own_order", "maximize")},
         "halving": dict(config.halving) if isinstance(config.halving, Mapping) else config.halving,
         "optimizer": getattr(optimizer_class, "__qualname__", str(optimizer_class)),
         "trials": [{key: str(value) for key, value in trial.items()} for trial in trials],
@@ -63,16 +59,11 @@ def save_checkpoint(path: Path, description: Mapping[str, Any], run: SweepRun) -
 
 
 def load_checkpoint(path: Path, description: Mapping[str, Any], run: SweepRun) -> None:
-    """Set a run to the state in a file.
-
-    Raises:
-        FileError: if the file is damaged, no checkpoint of a sweep, or that of another one.
-    """
+    """Set a run to the state in a file; it is an error if that is damaged, no checkpoint of a sweep, or that of another one."""
     tensors, metadata = safetensors_io.read(path)
-    text = metadata.get(CHECKPOINT_KEY)
-    if text is None:
+    if CHECKPOINT_KEY not in metadata:
         raise FileError(f"{path} is a safetensors file, but not the checkpoint of a sweep")
-    header = json.loads(text)
+    header = json.loads(metadata[CHECKPOINT_KEY])
     if header.get("version") != CHECKPOINT_VERSION:
         raise FileError(f"{path} has format version {header.get('version')}, this release reads version {CHECKPOINT_VERSION}")
     for name, value in description.items():

@@ -12,19 +12,14 @@ _JSON_TYPES = (type(None), bool, int, float, str)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """A value as JSON; its tensors are added to `tensors`, under names that begin with `name`.
-
-    Raises:
-        TypeError: for a value of another type than numbers, strings, containers, tensors and dtypes.
-    """
+    """A value as JSON; its tensors are added to `tensors`, under names that begin with `name`."""
     if type(value) in _JSON_TYPES:
         return value
     if isinstance(value, Tensor):
         tensors[name] = value.detach().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
-        pairs = [[key, pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]
-        return {"dict": pairs}
+        return {"dict": [[key, pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}

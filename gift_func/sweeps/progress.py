@@ -10,12 +10,7 @@ from typing import Any, Self
 
 
 class Progress:
-    """A progress bar.
-
-    Args:
-        total: how many steps there are.
-        shown: whether anything is shown at all.
-    """
+    """A progress bar for so many steps, of which nothing is seen if it is not `shown`."""
 
     def __init__(self, total: int, shown: bool) -> None:
         self._total, self._done, self._shown = total, 0, shown

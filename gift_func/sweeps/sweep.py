@@ -121,5 +121,5 @@ def sweep(
         load_checkpoint(path, description, run)
     del models
     with Progress(run.steps_left(), progress) as bar:
-        run.run(bar, None if path is None else lambda: save_checkpoint(path, description, run))
+        run.run(bar, lambda: save_checkpoint(path, description, run) if path is not None else None)
     return SweepResult(given, run.status, run.steps, run.metric, maximize, run.curves(), run.states, strategies, base)

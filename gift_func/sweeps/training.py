@@ -157,13 +157,8 @@ class SweepRun:
         found.setdefault("loss", Curve(steps, means_up_to(self.losses, self.score_steps)))
         return {**found, "training": Curve(torch.arange(1, self.config.steps + 1), self.losses)}
 
-    def run(self, bar: Progress, save: Callable[[], None] | None) -> None:
-        """Train to the end.
-
-        Args:
-            bar: is updated whenever scores were taken.
-            save: is called then, and when trials were dropped.
-        """
+    def run(self, bar: Progress, save: Callable[[], None]) -> None:
+        """Train to the end; `save` is called whenever scores were taken or trials dropped."""
         for stop in [*sorted(self.rungs), self.config.steps]:
             for group in list(self.groups):
                 for step in [step for step in self.score_steps if group.step < step <= stop]:
@@ -171,16 +166,12 @@ class SweepRun:
                     self._train_to(group, step)
                     self._take_scores(group, before)
                     bar.update(step - before, self._progress(group))
-                    if not group.members:
-                        self.groups.remove(group)
-                    if save is not None:
-                        save()
+                    save()
                     if not group.members:
                         break
             if stop in self.rungs and all(group.step == stop for group in self.groups):
                 self._drop_worst(self.rungs[stop])
-                if save is not None:
-                    save()
+                save()
 
     def _train_to(self, group: TrialGroup, stop: int) -> None:
         """Train a group until so many steps are done."""
@@ -259,15 +250,16 @@ class SweepRun:
         return scores
 
     def _end(self, group: TrialGroup, ended: Sequence[int], status: str) -> None:
-        """Take trials out of a group, and keep their adapters."""
+        """Take trials out of a group, which ends with its last one, and keep their adapters."""
         for index in ended:
             self.status[index], self.steps[index] = status, group.step
             self.states[index] = group.ensemble[group.members.index(index)].adapter_state_dict()
         left = [index for index in group.members if index not in ended]
         if left:
             group.select(left)
-        else:
+        elif group.members:
             group.members = []
+            self.groups.remove(group)
 
     def _drop_worst(self, most: int) -> None:
         """End the worst trials, so that at most so many go on."""
@@ -279,8 +271,6 @@ class SweepRun:
         order = sorted(running, key=lambda index: float(scores[index]), reverse=self.config.maximize)
         for group in list(self.groups):
             self._end(group, [index for index in group.members if index in order[most:]], "stopped")
-            if not group.members:
-                self.groups.remove(group)
 
     def _progress(self, group: TrialGroup) -> str:
         going = sum(status == "running" for status in self.status)

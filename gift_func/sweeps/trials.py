@@ -35,11 +35,7 @@ class RecordedTrial(Mapping[str, Any]):
 
 
 def trials_of(given: Trial | Iterable[Trial]) -> list[dict[str, Any]]:
-    """All combinations of a mapping's lists and ranges, the last name running fastest; or the trials as they are given.
-
-    Raises:
-        AdaptError: if there are none.
-    """
+    """All combinations of a mapping's lists and ranges, the last name running fastest; or the trials as they are given."""
     if isinstance(given, Mapping):
         axes = [list(value) if isinstance(value, (list, range)) else [value] for value in given.values()]
         found = [dict(zip(given, values, strict=True)) for values in product(*axes)]
@@ -56,11 +52,10 @@ def settings_of(trials: Sequence[RecordedTrial], optimizer: Callable[..., Any]) 
     names = [name for name in dict.fromkeys(key for trial in trials for key in trial) if name in arguments and name != "params"]
     found = []
     for index, trial in enumerate(trials):
-        own = {}
-        for name in names:
-            if name not in trial and arguments[name].default is inspect.Parameter.empty:
-                raise AdaptError(f"trial {index} lacks {name!r}, which others have and for which the optimizer has no default")
-            own[name] = trial[name] if name in trial else arguments[name].default
+        own = {name: trial[name] if name in trial else arguments[name].default for name in names}
+        lacking = next((name for name, value in own.items() if value is inspect.Parameter.empty), None)
+        if lacking is not None:
+            raise AdaptError(f"trial {index} lacks {lacking!r}, which others have and for which the optimizer has no default")
         found.append(own)
     return found
 
@@ -77,12 +72,7 @@ def check_all_read(trials: Sequence[RecordedTrial], arguments: Iterable[str]) ->
 
 
 def grouped_trials(models: Sequence[AdaptedModel], most: int | None) -> list[list[int]]:
-    """Group the trials that can be one ensemble, as lists of indices.
-
-    Args:
-        models: the trials' adapted models.
-        most: how many may be one ensemble; None for any number.
-    """
+    """Group the trials that can be one ensemble, at most so many in each, as lists of indices."""
     groups: list[list[int]] = []
     for index, model in enumerate(models):
         for group in groups:

@@ -17,25 +17,20 @@ Item = tuple[Any, int]
 
 
 def steps_of(index: Any, n: int, batch: BatchInfo) -> list[Item] | None:
-    """An index of a tensor of n axes as steps; a mask is replaced by the positions where it is true.
-
-    Returns:
-        None for an index of a kind that is not known.
-    """
+    """An index of a tensor of n axes as steps, with a mask as its positions; None for an index of a kind that is not known."""
     steps: list[Any] = []
     for step in index if isinstance(index, tuple) else [index]:
         if isinstance(step, (list, range)):
             if not all(isinstance(item, (int, bool)) for item in step):
                 return None
             step = torch.as_tensor(list(step))
-        if isinstance(step, bool) or (isinstance(step, Tensor) and step.dim() == 0 and step.dtype == torch.bool):
+        single = isinstance(step, Tensor) and step.dim() == 0
+        if isinstance(step, bool) or (single and (step.dtype == torch.bool or tag_of(step) is not None)):
             return None
         if isinstance(step, Tensor) and step.dtype == torch.bool:
             steps.extend(_mask_positions(step, batch))
-        elif isinstance(step, Tensor) and step.dim() == 0 and tag_of(step) is None:
-            steps.append(int(step))
         else:
-            steps.append(step)
+            steps.append(int(step) if single else step)
     whole = [slice(None)] * (n - sum(step is not None and step is not Ellipsis for step in steps))
     at = next((i for i, step in enumerate(steps) if step is Ellipsis), len(steps))
     steps[at : at + 1] = whole
@@ -67,9 +62,9 @@ def _sliced(tag: SampleAxis, axis: int, size: int, step: slice, batch: BatchInfo
 
 def axis_of_owners(owners: Tensor) -> tuple[int, Tensor] | None:
     """The only axis along which owners vary, and the owners along it; None if they vary along several."""
+    if owners.dim() == 1:
+        return 0, owners
     for axis, size in enumerate(owners.shape):
-        if owners.dim() == 1:
-            return 0, owners
         table = owners.movedim(axis, 0).reshape(size, -1)
         if table.numel() and bool((table == table[:, :1]).all()):
             return axis, table[:, 0]
@@ -77,16 +72,10 @@ def axis_of_owners(owners: Tensor) -> tuple[int, Tensor] | None:
 
 
 def indexed(shape: Sequence[int], tag: Tag, items: Sequence[Item], batch: BatchInfo) -> tuple[Tag, list[int]]:
-    """The tag and the shape of what an index reads from a tensor.
+    """The tag and the shape of what an index, as `steps_of` returns it, reads from a tensor of this shape and tag.
 
     Tensors among the steps are broadcast together. Their axes are where the steps were if those are adjacent, otherwise
     first. A single number removes its axis, as in torch, and does not count as a tensor, as it would in numpy.
-
-    Args:
-        shape: of the tensor.
-        tag: of the tensor.
-        items: as `steps_of` returns them.
-        batch: the call's batch.
     """
     kept = [(step, axis) for step, axis in items if not isinstance(step, int)]
     places = [i for i, (step, _) in enumerate(kept) if isinstance(step, Tensor)]
@@ -168,7 +157,7 @@ def track_getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) 
         if simple is not None:
             return simple
     items = steps_of(index, x.dim(), batch)
-    if items is None or any(isinstance(step, Tensor) and step.dim() == 0 for step, _ in items):
+    if items is None:
         return UNTRACKED
     batch.note(tag, x.shape)
     found, shape = indexed(x.shape, tag, items, batch)
@@ -179,15 +168,13 @@ def track_getitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) 
 def track_index_select(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Reading by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
-    items = along(x, dim, index.reshape(-1) if index.dim() == 0 else index, batch)
     batch.note(tag_of(x), x.shape)
-    return indexed(x.shape, tag_of(x), items, batch)[0]
+    return indexed(x.shape, tag_of(x), along(x, dim, index), batch)[0]
 
 
-def along(x: Tensor, dim: int, index: Tensor, batch: BatchInfo) -> list[Item]:
-    """The steps of an index of one axis of a tensor."""
-    dim %= x.dim()
-    return [(index if axis == dim else slice(None), axis) for axis in range(x.dim())]
+def along(x: Tensor, dim: int, index: Tensor) -> list[Item]:
+    """The steps of an index of one axis of a tensor; a single number as a vector."""
+    return [(index.reshape(-1) if axis == dim % x.dim() else slice(None), axis) for axis in range(x.dim())]
 
 
 @rule_for("gather take_along_dim", tolerant=True)

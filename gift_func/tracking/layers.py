@@ -8,43 +8,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import UNTRACKED, SampleAxis, Tag, Untracked, agree, merge
-from .table import Args, BatchInfo, Kwargs, TrackingRule, argument, only_first, rule_for, tag_of
+from .table import Args, AxisRule, BatchInfo, Kwargs, argument, axis_rule_for, rule_for, tag_of
 
 
-def _batched(n: int) -> TrackingRule:
-    """Samples on the first axis of an input that has that axis, a channel axis and n more."""
+def _batched(n: int | None) -> AxisRule:
+    """Samples on the first axis of an input that has that axis, a channel axis and n more; None for any number."""
 
-    def rule(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-        x, tag = only_first(args, kwargs)
-        return UNTRACKED if isinstance(tag, SampleAxis) and (tag.axis != 0 or x.dim() != n + 2) else tag
+    def rule(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+        return UNTRACKED if tag.axis != 0 or n not in (None, x.dim() - 2) else tag
 
     return rule
 
 
 for _n in (1, 2, 3):
-    rule_for(f"""
+    axis_rule_for(f"""
         conv{_n}d conv_transpose{_n}d max_pool{_n}d avg_pool{_n}d adaptive_avg_pool{_n}d adaptive_max_pool{_n}d lp_pool{_n}d
         max_pool{_n}d_with_indices adaptive_max_pool{_n}d_with_indices fractional_max_pool{_n}d
         fractional_max_pool{_n}d_with_indices
         """)(_batched(_n))
 
 
-@rule_for("batch_norm instance_norm group_norm local_response_norm interpolate upsample upsample_nearest upsample_bilinear")
-def track_on_first(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
-    """Samples on the first axis. Statistics of the batch mix values, as without adapters, but each row stays its sample's."""
-    _, tag = only_first(args, kwargs)
-    return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis != 0 else tag
-
-
-rule_for(F.unfold)(_batched(2))
-rule_for(F.fold)(_batched(1))
-
-
-@rule_for("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle")
-def track_leading(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
-    """The last three axes are rearranged."""
-    x, tag = only_first(args, kwargs)
-    return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis >= x.dim() - 3 else tag
+# Statistics of the batch mix values, as without adapters, but each row stays its sample's.
+axis_rule_for("""
+    batch_norm instance_norm group_norm local_response_norm interpolate upsample upsample_nearest upsample_bilinear
+    """)(_batched(None))
+axis_rule_for(F.unfold)(_batched(2))
+axis_rule_for(F.fold)(_batched(1))
 
 
 @rule_for("grid_sample affine_grid")

@@ -87,17 +87,7 @@ def set_tag(tensor: Tensor, value: Tag) -> None:
 
 
 def owner_index(samples: SampleAxis, size: int, batch: int, device: torch.device | str | None = None) -> Tensor:
-    """The sample to which each index along the axis belongs.
-
-    Args:
-        samples: the sample axis.
-        size: its size.
-        batch: the number of samples.
-        device: of the result.
-
-    Returns:
-        int64 `[size]`.
-    """
+    """The sample to which each index along an axis of this size belongs, int64 `[size]`."""
     if samples.owners is not None:
         return samples.owners.to(device=device)
     return torch.arange(size, device=device).div_(samples.inner, rounding_mode="floor").remainder_(batch)

@@ -11,11 +11,9 @@ from .layout import UNTRACKED, SampleAxis, Tag
 from .table import Args, BatchInfo, Kwargs, argument, contract, rule_for, tag_of
 
 
-def _matmul_labels(n: int, left: bool, matrix: Sequence[str] = ("n", "k", "m")) -> list[Any]:
-    """Labels of an operand of n axes; batch axes are numbered from the right."""
-    if n == 1:
-        return [matrix[1]]
-    return [*range(n - 3, -1, -1), *(matrix[:2] if left else matrix[1:])]
+def _labels(n: int, matrix: str) -> list[Any]:
+    """Labels of an operand of n axes, the last two as in `matrix`; batch axes are numbered from the right."""
+    return [*range(n - 3, -1, -1), *matrix]
 
 
 @rule_for("matmul mm bmm mv dot vdot __matmul__")
@@ -38,8 +36,10 @@ def track_added(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) ->
 
 
 def _product_tag(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batch: BatchInfo) -> Tag:
-    out = [*range(max(a.dim(), b.dim()) - 3, -1, -1), *(["n"] if a.dim() > 1 else []), *(["m"] if b.dim() > 1 else [])]
-    operands = [(a, _matmul_labels(a.dim(), True)), (b, _matmul_labels(b.dim(), False))]
+    left = "nk" if a.dim() > 1 else "k"
+    right = "km" if b.dim() > 1 else "k"
+    out = _labels(max(a.dim(), b.dim()), left[:-1] + right[1:])
+    operands = [(a, _labels(a.dim(), left)), (b, _labels(b.dim(), right))]
     if onto is not None:
         operands.append((onto, out[len(out) - onto.dim() :]))
     return contract(operands, out, result.shape, batch)
@@ -49,10 +49,7 @@ def _product_tag(onto: Tensor | None, a: Tensor, b: Tensor, result: Tensor, batc
 def track_linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., k]` times `[m, k]`, plus `[m]`."""
     x = args[0] if args else kwargs["input"]
-    tag = tag_of(x)
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    if isinstance(tag, SampleAxis) and tag_of(weight) is None and tag_of(bias) is None:
-        return UNTRACKED if tag.axis == x.dim() - 1 else tag
     out = [*range(result.dim() - 1), "m"] if weight.dim() == 2 else [*range(result.dim())]
     inside = [*range(x.dim() - 1), "k"]
     outside = ["m", "k"] if weight.dim() == 2 else ["k"]
@@ -63,13 +60,8 @@ def track_linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -
 def track_bilinear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., i]` and `[..., j]` through `[m, i, j]`."""
     weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
-    lead = list(range(result.dim() - 1))
-    operands: list[tuple[Tensor | None, Sequence[Any]]] = [
-        (args[0], [*lead, "i"]),
-        (args[1], [*lead, "j"]),
-        (weight, "mij"),
-        (bias, "m"),
-    ]
+    lead: list[Any] = list(range(result.dim() - 1))
+    operands = [(args[0], [*lead, "i"]), (args[1], [*lead, "j"]), (weight, ["m", "i", "j"]), (bias, ["m"])]
     return contract(operands, [*lead, "m"], result.shape, batch)
 
 
@@ -83,9 +75,8 @@ def track_outer(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) ->
 def track_cdist(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., n, k]` from `[..., m, k]`."""
     a, b = args[0], args[1]
-    right = [*range(b.dim() - 3, -1, -1), "m", "k"]
-    out = [*range(result.dim() - 3, -1, -1), "n", "m"]
-    return contract([(a, _matmul_labels(a.dim(), True)), (b, right)], out, result.shape, batch)
+    operands = [(a, _labels(a.dim(), "nk")), (b, _labels(b.dim(), "mk"))]
+    return contract(operands, _labels(result.dim(), "nm"), result.shape, batch)
 
 
 @rule_for("einsum")
@@ -111,12 +102,10 @@ def _letters(term: str, n: int) -> list[Any]:
 @rule_for("scaled_dot_product_attention")
 def track_attention(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """`[..., L, E]`, `[..., S, E]` and `[..., S, Ev]`: samples on a leading axis, or on the queries alone."""
-    labels = (["l", "e"], ["s", "e"], ["s", "v"], ["l", "s"])
-    given = [argument(args, kwargs, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask"))]
-    operands = [
-        (x, [*range(x.dim() - 3, -1, -1), *last]) for x, last in zip(given, labels, strict=True) if isinstance(x, Tensor)
-    ]
-    return contract(operands, [*range(result.dim() - 3, -1, -1), "l", "v"], result.shape, batch)
+    labels = {"query": "le", "key": "se", "value": "sv", "attn_mask": "ls"}
+    given = [(argument(args, kwargs, i, name), own) for i, (name, own) in enumerate(labels.items())]
+    operands = [(x, _labels(x.dim(), own)) for x, own in given if isinstance(x, Tensor)]
+    return contract(operands, _labels(result.dim(), "lv"), result.shape, batch)
 
 
 @rule_for("grouped_mm _grouped_mm", tolerant=True)

@@ -25,7 +25,7 @@ from ..weights.names import METADATA
 from ..weights.slot import TorchFunction
 from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, owner_index, sample_axis_of, set_tag, tag
 from .replay import READERS, Answer
-from .table import TOLERANT, TRACKING_RULES, BatchInfo, Kwargs
+from .table import TOLERANT, TRACKING_RULES, BatchInfo, Kwargs, tensors
 
 __all__ = ["SampleAxis", "TrackSamples", "Untracked", "owner_index", "sample_axis_of", "tag"]
 
@@ -63,30 +63,15 @@ class TrackSamples(TorchFunctionMode):
     def __torch_function__(
         self, func: TorchFunction, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in METADATA:
-            return func(*args, **kwargs) if kwargs else func(*args)
         result = func(*args, **kwargs) if kwargs else func(*args)
+        if func in METADATA:
+            return result
         if func in READERS:
             self.answers.append(result)
             return result
-        tagged = False
-        untracked: Tag = None
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, Tensor):
-                found = value.__dict__.get(TAG_KEY)
-                if found is not None:
-                    tagged = True
-                    if type(found) is Untracked:
-                        untracked = found
-            elif type(value) is list or type(value) is tuple:
-                for item in value:
-                    if isinstance(item, Tensor):
-                        found = item.__dict__.get(TAG_KEY)
-                        if found is not None:
-                            tagged = True
-                            if type(found) is Untracked:
-                                untracked = found
-        if tagged:
+        tags = [value.__dict__[TAG_KEY] for value in tensors(args, kwargs or {}) if TAG_KEY in value.__dict__]
+        if tags:
+            untracked = next((found for found in reversed(tags) if type(found) is Untracked), None)
             self._pass_on(func, args, kwargs or {}, result, untracked)
         return result
 
@@ -94,8 +79,9 @@ class TrackSamples(TorchFunctionMode):
         """Tag the result of a function of tagged tensors."""
         target = result
         written = bool(args) and result is args[0]
+        name = getattr(func, "__name__", "")
         if not isinstance(result, Tensor):
-            if result is None and (func in _WRITERS or _in_place(getattr(func, "__name__", ""))):
+            if result is None and (func in _WRITERS or (name.endswith("_") and not name.endswith("__"))):
                 target, written = args[0], True
             elif not isinstance(result, (tuple, list)):
                 self.depends_on_values = True
@@ -121,10 +107,7 @@ class TrackSamples(TorchFunctionMode):
                 made = UNTRACKED
         if made is UNTRACKED:
             made = untracked or Untracked(_name(func))
-        if not written and type(made) is SampleAxis and isinstance(target, Tensor):
-            target.__dict__[TAG_KEY] = made
-        else:
-            _tag_result(target, made, func, written)
+        _tag_result(target, made, func, written)
 
 
 def _tag_result(target: Any, made: Any, func: TorchFunction, written: bool) -> None:
@@ -160,10 +143,6 @@ def _tag_base(view: Tensor, made: Tag, func: TorchFunction) -> None:
     set_tag(base, Untracked(_name(func)))
 
 
-def _in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
-
-
 def _plainly_same(a: Tag, b: Tag) -> bool:
     if isinstance(a, SampleAxis) and isinstance(b, SampleAxis):
         return a.axis == b.axis and a.owners is b.owners and (a.inner == b.inner or a.owners is not None)
@@ -180,7 +159,6 @@ _WHERE = frozenset([torch.where, Tensor.where])
 
 
 def _has_mask(index: Any) -> bool:
-    """Whether an index contains a mask, which selects as many indices as are true."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import UNTRACKED, SampleAxis, Tag, merge, owner_index, picked, reshaped
-from .table import Args, BatchInfo, Kwargs, aligned, argument, only_first, rule_for, tag_of
+from .table import Args, BatchInfo, Kwargs, aligned, argument, axis_rule_for, rule_for, tag_of
 
 
 def _remaining(args: Args, kwargs: Kwargs, name: str) -> list[int]:
@@ -23,42 +23,32 @@ def _remaining(args: Args, kwargs: Kwargs, name: str) -> list[int]:
 @rule_for("view reshape flatten unflatten ravel view_as reshape_as _unsafe_view", tolerant=True)
 def track_reshape(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A reshape, in which the elements keep their order."""
-    tag = tag_of(args[0])
-    if not isinstance(tag, SampleAxis):
-        return tag
-    old, new, k = args[0].shape, result.shape, tag.axis + 1
-    if old[:k] == new[:k]:
+    tag, old, new = tag_of(args[0]), args[0].shape, result.shape
+    if not isinstance(tag, SampleAxis) or old[: tag.axis + 1] == new[: tag.axis + 1]:
         return tag
     found = reshaped(tag, old, new, batch.size)
     batch.note(found, result.shape)
     return found
 
 
-@rule_for("squeeze")
-def track_squeeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("squeeze")
+def track_squeeze(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes of size 1 are removed; if the sample axis is, the result is untracked."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis):
-        return tag
     dims = argument(args, kwargs, 1, "dim", tuple(range(x.dim())))
     gone = {dim % x.dim() for dim in (dims if isinstance(dims, Sequence) else [dims]) if x.shape[dim] == 1}
     return UNTRACKED if tag.axis in gone else tag.on(tag.axis - sum(dim < tag.axis for dim in gone))
 
 
-@rule_for("unsqueeze")
-def track_unsqueeze(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("unsqueeze")
+def track_unsqueeze(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A new axis of size 1."""
-    _, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim") % result.dim()
-    return tag.on(tag.axis + (dim <= tag.axis)) if isinstance(tag, SampleAxis) else tag
+    return tag.on(tag.axis + (dim <= tag.axis))
 
 
-@rule_for("transpose swapaxes swapdims t adjoint .T .mT .H .mH")
-def track_transpose(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("transpose swapaxes swapdims t adjoint .T .mT .H .mH")
+def track_transpose(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Two axes are swapped; without arguments the last two, or all axes are reversed."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis):
-        return tag
     n = x.dim()
     if len(args) + len(kwargs) == 1:
         # .T reverses all axes and the other functions swap the last two, which differs for more than two axes only.
@@ -72,28 +62,22 @@ def track_transpose(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor
     return tag.on({pair[0]: pair[1], pair[1]: pair[0]}.get(tag.axis, tag.axis))
 
 
-@rule_for("permute")
-def track_permute(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("permute")
+def track_permute(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The axes are put in a given order."""
-    x, tag = only_first(args, kwargs)
     order = [dim % x.dim() for dim in _remaining(args, kwargs, "dims")]
-    return tag.on(order.index(tag.axis)) if isinstance(tag, SampleAxis) else tag
+    return tag.on(order.index(tag.axis))
 
 
-@rule_for("movedim moveaxis")
-def track_movedim(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("movedim moveaxis")
+def track_movedim(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Some axes are moved; the others keep their order."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis):
-        return tag
-    return tag.on(_moved(x.dim(), args[1:], kwargs).index(tag.axis))
-
-
-def _moved(n: int, args: Args, kwargs: Kwargs) -> list[int]:
-    moved = [dims if isinstance(dims, Sequence) else [dims] for dims in (*args, *kwargs.values())]
-    source, destination = ([dim % n for dim in dims] for dims in moved)
-    rest = iter(dim for dim in range(n) if dim not in source)
-    return [source[destination.index(dim)] if dim in destination else next(rest) for dim in range(n)]
+    moved = [dims if isinstance(dims, Sequence) else [dims] for dims in (*args[1:], *kwargs.values())]
+    source, destination = ([dim % x.dim() for dim in dims] for dims in moved)
+    if tag.axis in source:
+        return tag.on(destination[source.index(tag.axis)])
+    left = [dim for dim in range(x.dim()) if dim not in destination]
+    return tag.on(left[sum(dim not in source for dim in range(tag.axis))])
 
 
 @rule_for("expand expand_as broadcast_to", tolerant=True)
@@ -109,24 +93,18 @@ def track_broadcast_all(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Se
     return [aligned(tensor, out.shape, batch) for tensor, out in zip(given, result, strict=True)]
 
 
-@rule_for("repeat tile")
-def track_repeat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("repeat tile")
+def track_repeat(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The whole tensor is repeated along axes."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis):
-        return tag
     axis = tag.axis + result.dim() - x.dim()
     if tag.owners is None:
         return tag.on(axis)
     return SampleAxis(axis, 1, tag.owners.repeat(result.shape[axis] // max(x.shape[tag.axis], 1)))
 
 
-@rule_for("repeat_interleave")
-def track_repeat_interleave(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("repeat_interleave")
+def track_repeat_interleave(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Each index along an axis is repeated, all equally often or each by its own count."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis):
-        return tag
     repeats, dim = argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
     found: Tag = tag
     shape: Sequence[int] = x.shape
@@ -143,58 +121,51 @@ def track_repeat_interleave(batch: BatchInfo, args: Args, kwargs: Kwargs, result
     return found
 
 
-@rule_for("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split")
-def track_split(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) -> Any:
+@axis_rule_for("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split")
+def track_split(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Sequence[Tensor]) -> Any:
     """Consecutive pieces of an axis."""
-    x, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 2, "dim", 0) % x.dim()
-    if not isinstance(tag, SampleAxis) or tag.axis != dim:
+    if tag.axis != dim:
         return tag
     owners = owner_index(tag, x.shape[dim], batch.size, x.device)
     pieces = owners.split([piece.shape[dim] for piece in result])
     return [SampleAxis(dim, 1, piece) for piece in pieces]
 
 
-@rule_for("unbind select")
-def track_drop(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
+@axis_rule_for("unbind select")
+def track_drop(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Tag:
     """Each index of an axis becomes a tensor without that axis; if it is the sample axis, the results are untracked."""
-    x, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim", 0) % x.dim()
-    if not isinstance(tag, SampleAxis):
-        return tag
     return UNTRACKED if tag.axis == dim else tag.on(tag.axis - (dim < tag.axis))
 
 
-@rule_for("narrow")
-def track_narrow(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("narrow")
+def track_narrow(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """A part of an axis."""
-    x, tag = only_first(args, kwargs)
     dim = argument(args, kwargs, 1, "dim") % x.dim()
-    if not isinstance(tag, SampleAxis) or tag.axis != dim:
+    if tag.axis != dim:
         return tag
     start, length = int(argument(args, kwargs, 2, "start")), argument(args, kwargs, 3, "length")
     start %= max(x.shape[dim], 1)
     return SampleAxis(dim, 1, picked(tag, x.shape[dim], slice(start, start + length), batch.size))
 
 
-@rule_for("flip fliplr flipud")
-def track_flip(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("flip fliplr flipud")
+def track_flip(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes are reversed."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis) or len(args) + len(kwargs) == 1:
-        return tag and UNTRACKED
+    if len(args) + len(kwargs) == 1:
+        return UNTRACKED
     if tag.axis not in [dim % x.dim() for dim in _remaining(args, kwargs, "dims")]:
         return tag
     return SampleAxis(tag.axis, 1, owner_index(tag, x.shape[tag.axis], batch.size, x.device).flip(0))
 
 
-@rule_for("roll")
-def track_roll(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("roll")
+def track_roll(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """Axes are shifted cyclically."""
-    x, tag = only_first(args, kwargs)
     shifts, dims = argument(args, kwargs, 1, "shifts"), argument(args, kwargs, 2, "dims")
-    if not isinstance(tag, SampleAxis) or dims is None:
-        return tag and UNTRACKED
+    if dims is None:
+        return UNTRACKED
     shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
     turn = sum(shift for shift, dim in zip(shifts, dims, strict=True) if dim % x.dim() == tag.axis)
     if turn == 0:
@@ -212,28 +183,19 @@ def track_cat(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> T
         # hstack has no such argument and joins along axis 1, torch.cat's default is 0; the sizes say which it was.
         dim = 0 if n == 1 or sum(tensor.shape[0] for tensor in given) == result.shape[0] else 1
     dim %= n
-    found: Tag = None
     tags = [tag_of(tensor) for tensor in given]
-    if any(isinstance(tag, SampleAxis) and tag.axis == dim for tag in tags):
-        if not all(isinstance(tag, SampleAxis) and tag.axis == dim for tag in tags):
+    joined = [tag for tag in tags if isinstance(tag, SampleAxis) and tag.axis == dim]
+    if joined:
+        if len(joined) < len(tags):
             return UNTRACKED
-        return _joined_axes(
-            [tag for tag in tags if isinstance(tag, SampleAxis)], [t.shape[dim] for t in given], batch, result.device
-        )
+        if all(tag.owners is None and tag.inner == joined[0].inner for tag in joined):
+            return joined[0]
+        owners = [owner_index(tag, x.shape[dim], batch.size, result.device) for tag, x in zip(joined, given, strict=True)]
+        return SampleAxis(dim, 1, torch.cat(owners))
+    found: Tag = None
     for tag in tags:
         found = merge(found, tag, result.shape, batch.size)
     return found
-
-
-def _joined_axes(tags: Sequence[SampleAxis], sizes: Sequence[int], batch: BatchInfo, device: torch.device) -> SampleAxis:
-    first = tags[0]
-    if all(tag.owners is None and tag.inner == first.inner for tag in tags):
-        return first
-    return SampleAxis(
-        first.axis,
-        1,
-        torch.cat([owner_index(tag, size, batch.size, device) for tag, size in zip(tags, sizes, strict=True)]),
-    )
 
 
 @rule_for("stack")
@@ -249,19 +211,15 @@ def track_stack(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) ->
     return found
 
 
-@rule_for("pad constant_pad_nd")
-def track_pad(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("pad constant_pad_nd")
+def track_pad(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axes are padded; the sample axis must not be."""
-    x, tag = only_first(args, kwargs)
-    if not isinstance(tag, SampleAxis):
-        return tag
     amounts = argument(args, kwargs, 1, "pad")
     from_end = 2 * (x.dim() - 1 - tag.axis)
     return UNTRACKED if any(amounts[from_end : from_end + 2]) else tag
 
 
-@rule_for("view_as_complex view_as_real")
-def track_pairs(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
+@axis_rule_for("view_as_complex view_as_real")
+def track_pairs(x: Tensor, tag: SampleAxis, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -> Tag:
     """The last axis holds the real and the imaginary part."""
-    x, tag = only_first(args, kwargs)
-    return UNTRACKED if isinstance(tag, SampleAxis) and tag.axis >= min(x.dim(), result.dim()) else tag
+    return UNTRACKED if tag.axis >= min(x.dim(), result.dim()) else tag

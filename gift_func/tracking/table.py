@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..weights.names import getter
 from ..weights.slot import TorchFunction
-from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed, sample_axis_of
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -37,12 +37,11 @@ class BatchInfo:
                 known.append(tag)
 
 
-class TrackingRule(Protocol):
-    """A function that returns the tag of a torch function's result, or a list of tags for a result of several tensors."""
+TrackingRule = Callable[[BatchInfo, Args, Kwargs, Any], Any]
+"""Returns the tag of a torch function's result, or a list of tags for several tensors, given its arguments and the result."""
 
-    def __call__(self, batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any, /) -> Any:
-        """The tag or tags, given the call's arguments and what the function returned."""
-
+AxisRule = Callable[[Tensor, SampleAxis, BatchInfo, Args, Kwargs, Any], Any]
+"""A rule that is also given the first argument and its sample axis."""
 
 AnyTrackingRule = TypeVar("AnyTrackingRule", bound=TrackingRule)
 
@@ -87,6 +86,21 @@ def rule_for(names: str | TorchFunction, tolerant: bool = False) -> Callable[[An
     return register
 
 
+def axis_rule(rule: AxisRule) -> TrackingRule:
+    """The rule for functions of one tensor with a sample axis; if another argument has a tag, the result is untracked."""
+
+    def checked(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Any) -> Any:
+        x, tag = only_first(args, kwargs)
+        return rule(x, tag, batch, args, kwargs, result) if isinstance(tag, SampleAxis) else tag
+
+    return checked
+
+
+def axis_rule_for(names: str | TorchFunction) -> Callable[[AxisRule], TrackingRule]:
+    """Register an `axis_rule` for all torch functions with these names."""
+    return lambda rule: rule_for(names)(axis_rule(rule))
+
+
 def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any = None) -> Any:
     """An argument by its position or name; numpy's `axis` stands for `dim` in torch too."""
     if len(args) > position:
@@ -98,10 +112,7 @@ def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any 
 
 def tag_of(value: Any) -> Tag:
     """The tag of an argument; None if it is no tensor."""
-    if isinstance(value, Tensor):
-        found: Tag = value.__dict__.get(TAG_KEY)
-        return found
-    return None
+    return sample_axis_of(value) if isinstance(value, Tensor) else None
 
 
 def tensors(args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
@@ -115,16 +126,12 @@ def tensors(args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
                     yield item
 
 
-def only_first(args: Args, kwargs: Kwargs, name: str = "input") -> tuple[Tensor, Tag]:
+def only_first(args: Args, kwargs: Kwargs) -> tuple[Tensor, Tag]:
     """The first argument and its tag, or `UNTRACKED` if another argument has a tag."""
-    first = args[0] if args else kwargs[name]
-    if len(args) < 3 and not kwargs and not isinstance(args[-1], (Tensor, list, tuple)):
-        return first, tag_of(first)
-    found = tag_of(first)
-    for value in tensors(args, kwargs):
-        if value is not first and TAG_KEY in value.__dict__:
-            return first, UNTRACKED
-    return first, found
+    first = args[0] if args else kwargs["input"]
+    if any(value is not first and TAG_KEY in value.__dict__ for value in tensors(args, kwargs)):
+        return first, UNTRACKED
+    return first, tag_of(first)
 
 
 def aligned(tensor: Tensor, shape: Sequence[int], batch: BatchInfo) -> Tag:
@@ -136,14 +143,11 @@ def aligned(tensor: Tensor, shape: Sequence[int], batch: BatchInfo) -> Tag:
     return placed(tag, axis, tensor.shape[tag.axis], shape[axis], batch.size)
 
 
-def broadcast(values: Iterator[Any] | Sequence[Any], shape: Sequence[int], batch: BatchInfo) -> Tag:
-    """The tag of a result for which several arguments are broadcast to a shape."""
+def broadcast(operands: Iterable[Tensor], shape: Sequence[int], batch: BatchInfo) -> Tag:
+    """The tag of a result for which several tensors are broadcast to a shape."""
     found: Tag = None
-    for value in values:
-        if isinstance(value, Tensor):
-            found = merge(found, aligned(value, shape, batch), shape, batch.size)
-            if isinstance(found, Untracked):
-                break
+    for tensor in operands:
+        found = merge(found, aligned(tensor, shape, batch), shape, batch.size)
     return found
 
 

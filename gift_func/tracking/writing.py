@@ -46,9 +46,7 @@ def track_setitem(batch: BatchInfo, args: Args, kwargs: Kwargs, result: None) ->
     """`x[index] = value`."""
     x, index, value = args
     items = steps_of(index, x.dim(), batch)
-    if items is None or any(isinstance(step, Tensor) and step.dim() == 0 for step, _ in items):
-        return UNTRACKED
-    return written(batch, x, items, value)
+    return UNTRACKED if items is None else written(batch, x, items, value)
 
 
 @rule_for("index_add index_add_ index_copy index_copy_ index_fill index_fill_ index_reduce index_reduce_", tolerant=True)
@@ -56,7 +54,7 @@ def track_index_write(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tens
     """Writing by a vector along one axis."""
     x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     value = args[3] if len(args) > 3 else kwargs.get("source", kwargs.get("value"))
-    return written(batch, x, along(x, dim, index.reshape(-1), batch), value)
+    return written(batch, x, along(x, dim, index), value)
 
 
 @rule_for("index_put index_put_", tolerant=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -13,12 +14,12 @@ from ...methods import DoRA, LoHa, LoKr, LoRA, WeightMethod
 from ...select import Site
 from ...weights.value import Side
 from .methods import Decomposed, GivenLoKr
-from .module_tensors import ModuleTensors, Tensors
+from .module_tensors import ModuleTensors, TensorDict
 
 LORA_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 
 
-def read_lora(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+def read_lora(source: ModuleTensors, site: Site) -> tuple[WeightMethod, TensorDict]:
     """`up·down`; a Tucker core between them is multiplied into `down`, which gives the same change."""
     down, up = source.matrix("lora_down.weight"), source.matrix("lora_up.weight")
     rank = down.shape[0]
@@ -35,7 +36,7 @@ def read_lora(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]
     return decomposed(source, site, LoRA(rank, alpha=alpha), tensors)
 
 
-def write_lora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_lora(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     """The factors as they are, and alpha = s·rank, which every reader divides by the rank."""
     assert isinstance(method, LoRA)
     if method.init.startswith(("pissa", "olora")):
@@ -45,13 +46,13 @@ def write_lora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor)
     return {name: tensors[local] for local, name in LORA_NAMES.items()} | alpha_of(method.scale, method.rank, tensors)
 
 
-def write_dora(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_dora(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     """LoRA's tensors, and a magnitude for each output."""
     magnitude = tensors["lora_magnitude_vector"].reshape(-1, *[1] * (site.parameter.ndim - 1))
     return write_lora(method, tensors, site, base) | {"dora_scale": magnitude}
 
 
-def read_loha(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+def read_loha(source: ModuleTensors, site: Site) -> tuple[WeightMethod, TensorDict]:
     """Four factors, or six with Tucker cores."""
     names = [f"hada_w{i}_{part}" for i in (1, 2) for part in ("a", "b")]
     names += [name for name in ("hada_t1", "hada_t2") if "hada_t1" in source.remaining or "hada_t2" in source.remaining]
@@ -61,14 +62,14 @@ def read_loha(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]
     return decomposed(source, site, method, tensors)
 
 
-def write_loha(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_loha(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     """The tensors by their own names, which are LyCORIS's."""
     assert isinstance(method, LoHa)
     named = {name: core_of(tensor, site) if "_t" in name else tensor for name, tensor in tensors.items()}
     return named | alpha_of(method.scale, method.rank, tensors)
 
 
-def read_lokr(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+def read_lokr(source: ModuleTensors, site: Site) -> tuple[WeightMethod, TensorDict]:
     """C and D, each as a whole or as factors; if both are whole, there is no scale, and alpha is not used."""
     c = ["lokr_w1"] if "lokr_w1" in source.remaining else ["lokr_w1_a", "lokr_w1_b"]
     d = ["lokr_w2"] if "lokr_w2" in source.remaining else ["lokr_w2_a", "lokr_w2_b"]
@@ -88,7 +89,7 @@ def read_lokr(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]
     return decomposed(source, site, method or GivenLoKr(rank, **options, first=first, full=whole_d), tensors)
 
 
-def write_lokr(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_lokr(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     """The tensors by their own names, which are LyCORIS's; beside two whole factors, a scale is multiplied into the first."""
     assert isinstance(method, LoKr)
     named = {name: core_of(tensor, site) if name == "lokr_t2" else tensor for name, tensor in tensors.items()}
@@ -99,7 +100,7 @@ def write_lokr(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor)
     return named | alpha_of(scale, method.rank, tensors)
 
 
-def write_decomposed(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def write_decomposed(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     """The tensors of the method that is decomposed, and the magnitudes."""
     assert isinstance(method, Decomposed)
     of = method.of
@@ -108,7 +109,7 @@ def write_decomposed(method: WeightMethod, tensors: Tensors, site: Site, base: T
     return writers[type(of)](of, own, site, base) | {"dora_scale": tensors["dora_scale"]}
 
 
-def decomposed(source: ModuleTensors, site: Site, method: WeightMethod, tensors: Tensors) -> tuple[WeightMethod, Tensors]:
+def decomposed(source: ModuleTensors, site: Site, method: WeightMethod, tensors: TensorDict) -> tuple[WeightMethod, TensorDict]:
     """The method, or its `Decomposed` if the file has magnitudes."""
     if "dora_scale" not in source.remaining:
         return method, tensors
@@ -120,23 +121,21 @@ def side_of(source: ModuleTensors, site: Site) -> Side:
     """Whether the magnitudes are of outputs or of inputs, by their shape."""
     shape, w = tuple(source.remaining["dora_scale"].shape), site.parameter.shape
     ones = (1,) * (len(w) - 2)
-    flat = shape + (1,) * (len(w) - len(shape)) if len(shape) >= 2 else ()
-    while len(flat) > len(w) and flat[-1] == 1:
-        flat = flat[:-1]
-    if flat == (w[0], 1, *ones):
+    sides = shape[:2] if set(shape[2:]) <= {1} else ()
+    if sides == (w[0], 1):
         return "output"
-    if flat == (1, w[1], *ones):
+    if sides == (1, w[1]):
         return "input"
     raise FileError(
         f"{source.name}.dora_scale is to be {(w[0], 1, *ones)} for outputs, or {(1, w[1], *ones)} for inputs, and is {shape}"
     )
 
 
-def fits_site(method: WeightMethod, site: Site, tensors: Tensors) -> bool:
+def fits_site(method: WeightMethod, site: Site, tensors: TensorDict) -> bool:
     """Whether the method's tensors at the site have these names and, axes of size 1 apart, these shapes."""
     if method.why_not(site) is not None:
         return False
-    bare = Site(site.name, site.module_name, site.param_name, site.module, torch.empty_like(site.parameter, device="meta"))
+    bare = replace(site, parameter=torch.empty_like(site.parameter, device="meta"))
     made = method.for_site(bare).init_tensors(bare, torch.Generator())
     sizes = {name: [n for n in tensor.shape if n != 1] for name, tensor in made.items()}
     return sizes == {name: [n for n in tensor.shape if n != 1] for name, tensor in tensors.items()}
@@ -147,7 +146,7 @@ def core_of(core: Tensor, site: Site) -> Tensor:
     return core.squeeze(-1) if isinstance(site.module, nn.Conv1d) and core.ndim == 4 else core
 
 
-def alpha_of(scale: float, rank: int, tensors: Tensors) -> Tensors:
+def alpha_of(scale: float, rank: int, tensors: TensorDict) -> TensorDict:
     """alpha, so that alpha / rank is the scale: in single precision, as in LyCORIS, unless a tensor is in double."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors.values())
     return {"alpha": torch.tensor(scale * rank, dtype=torch.float64 if wide else torch.float32)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ...select import Site
 from ...weights.value import Side
 from . import factors
 from .methods import Decomposed, GivenLoKr, WeightIA3
-from .module_tensors import ChangeFormat, ModuleTensors, ReadChange, Tensors, WriteChange
+from .module_tensors import ChangeFormat, ModuleTensors, TensorDict, WriteChange
 
 MERGE = "Merge it where it was made (LyCORIS: merge_to), or save it natively there."
 REFUSED = {
@@ -29,7 +31,7 @@ REFUSED = {
 }
 
 
-def _read_oft(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+def _read_oft(source: ModuleTensors, site: Site) -> tuple[WeightMethod, TensorDict]:
     blocks = source.matrix("oft_blocks")
     if blocks.ndim == 4:
         raise FileError(f"{source.name}.oft_blocks holds a BOFT of outputs, and gf.BOFT turns inputs. {MERGE}")
@@ -41,7 +43,7 @@ def _read_oft(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]
     return method.replace(coft=True, eps=bound) if bound > 0 else method, {"oft_blocks": blocks, **rescale}
 
 
-def _write_oft(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def _write_oft(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     assert isinstance(method, OFT)
     if method.side != "output":
         raise AdaptError(f"{site.name!r} has its inputs turned, and LyCORIS's diag-OFT turns outputs: use OFT(side='output')")
@@ -52,17 +54,16 @@ def _write_oft(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor)
     return {**tensors, "oft_blocks": blocks, "alpha": torch.tensor(bound)}
 
 
-def _read_ia3(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
+def _read_ia3(source: ModuleTensors, site: Site) -> tuple[WeightMethod, TensorDict]:
     side: Side = "input" if source.scalar("on_input", 0.0) else "output"
     change = source.take("weight")
     wide = torch.promote_types(change.dtype, site.parameter.dtype)
     return WeightIA3(side=side), {"ia3_l": change.to(wide) + 1}
 
 
-def _write_ia3(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def _write_ia3(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     assert isinstance(method, IA3)
-    scales_bias = type(method) is IA3 and method.side == "output" and getattr(site.module, "bias", None) is not None
-    if scales_bias:
+    if type(method) is IA3 and method.side == "output" and getattr(site.module, "bias", None) is not None:
         raise AdaptError(
             f"{site.name!r} has its bias scaled along with it, as in the paper, and LyCORIS scales the weight alone. Use "
             "gf.interop.kohya.WeightIA3."
@@ -71,21 +72,18 @@ def _write_ia3(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor)
     return {"weight": change if change.ndim > 2 else change.flatten(), "on_input": torch.tensor(int(method.side == "input"))}
 
 
-def change_of(method: WeightMethod, tensors: Tensors, base: Tensor) -> Tensor:
+def change_of(method: WeightMethod, tensors: TensorDict, base: Tensor) -> Tensor:
     """The difference between a trained or changed parameter and the base's."""
     if isinstance(method, Diff):
         return tensors["diff"] if method.scale == 1 else tensors["diff"] * method.scale
     return tensors[""] - base
 
 
-def _read_change(name: str) -> ReadChange:
-    def read(source: ModuleTensors, site: Site) -> tuple[WeightMethod, Tensors]:
-        return Diff(), {"diff": source.take(name)}
-
-    return read
+def _read_change(name: str, source: ModuleTensors, site: Site) -> tuple[WeightMethod, TensorDict]:
+    return Diff(), {"diff": source.take(name)}
 
 
-def _write_change(method: WeightMethod, tensors: Tensors, site: Site, base: Tensor) -> Tensors:
+def _write_change(method: WeightMethod, tensors: TensorDict, site: Site, base: Tensor) -> TensorDict:
     return {"w_norm" if is_norm(site.module) else "diff": change_of(method, tensors, base)}
 
 
@@ -100,8 +98,8 @@ KOHYA_FORMATS = [
     ),
     ChangeFormat("diag-OFT", "oft_blocks", "rescale alpha", _read_oft),
     ChangeFormat("IA3", "on_input", "weight", _read_ia3),
-    ChangeFormat("a change in full", "diff", "", _read_change("diff")),
-    ChangeFormat("a norm's change", "w_norm", "", _read_change("w_norm")),
+    ChangeFormat("a change in full", "diff", "", partial(_read_change, "diff")),
+    ChangeFormat("a norm's change", "w_norm", "", partial(_read_change, "w_norm")),
 ]
 BIASES = ("diff_b", "b_norm")
 
@@ -120,11 +118,7 @@ WRITERS: dict[type[WeightMethod], tuple[str, WriteChange]] = {
 
 
 def format_of(source: ModuleTensors) -> ChangeFormat:
-    """The format of a module's tensors.
-
-    Raises:
-        FileError: if they are of no known format or of several, or of one that has no method here, naming it.
-    """
+    """The format of a module's tensors, which must be of one known format that has a method here."""
     for name, what in REFUSED.items():
         if name in source.remaining:
             raise FileError(f"{source.name} holds {what} ({name}), which has no place here. {MERGE}")

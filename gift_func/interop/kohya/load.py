@@ -16,7 +16,7 @@ from ...errors import AdaptError, FileError, StateError
 from ...network.base_view import BaseView
 from ...network.frozen_base import FrozenBase
 from ..strategy_of import strategy_of
-from .module_tensors import ModuleTensors, Tensors
+from .module_tensors import ModuleTensors, TensorDict
 from .names import ModuleNames, Prefix, prefix_of
 from .reader import KohyaReader
 
@@ -75,13 +75,9 @@ def load(
         raise FileError(f"{os.fspath(path)} does not fit the model: {error}") from None
 
 
-def grouped_by_module(tensors: Tensors) -> dict[str, Tensors]:
-    """A file's tensors by module, and by the rest of their names.
-
-    Raises:
-        FileError: for a name without a dot.
-    """
-    groups: dict[str, Tensors] = {}
+def grouped_by_module(tensors: TensorDict) -> dict[str, TensorDict]:
+    """A file's tensors by module, and by the rest of their names."""
+    groups: dict[str, TensorDict] = {}
     for key, tensor in tensors.items():
         flat_name, dot, name = key.partition(".")
         if not dot:

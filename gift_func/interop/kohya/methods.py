@@ -165,7 +165,6 @@ class GivenLoKr(LoKr):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        super().__post_init__()
         object.__setattr__(self, "first", tuple(self.first))
 
     def why_not(self, site: Site) -> str | None:

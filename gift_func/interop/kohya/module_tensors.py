@@ -11,16 +11,14 @@ from ...errors import FileError, nearest
 from ...methods import WeightMethod
 from ...select import Site
 
-Tensors = dict[str, Tensor]
+TensorDict = dict[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ModuleTensors:
-    """The tensors of one module in a file. What reads a tensor takes it, so that those that nothing reads remain.
+    """The tensors of one module in a file, by the part of their names after the module's, which has underscores for dots.
 
-    Args:
-        name: the module's name in the file, where dots are underscores.
-        tensors: by the part of their names after the module's.
+    What reads a tensor takes it, so that those that nothing reads remain.
     """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -28,11 +26,7 @@ class ModuleTensors:
         self.remaining = dict(tensors)
 
     def take(self, name: str) -> Tensor:
-        """Remove a tensor of real numbers, and return it.
-
-        Raises:
-            FileError: if it is missing, or of another dtype.
-        """
+        """Remove a tensor of real numbers, and return it; it is an error if it is missing or of another dtype."""
         if name not in self.remaining:
             raise FileError(f"the file lacks {self.name}.{name}; {nearest(name, self.remaining)}")
         tensor = self.remaining.pop(name)
@@ -42,11 +36,7 @@ class ModuleTensors:
         return tensor
 
     def matrix(self, name: str) -> Tensor:
-        """Remove a factor of a product, and return it; a linear layer's may be stored as a convolution's of size 1.
-
-        Raises:
-            FileError: if it is missing or has less than two axes.
-        """
+        """Remove a factor of a product, and return it; a linear layer's may be stored as a convolution's of size 1."""
         tensor = self.take(name)
         if tensor.ndim < 2:
             raise FileError(f"{self.name}.{name} is to be a factor of a product, and has the shape {tuple(tensor.shape)}")
@@ -67,10 +57,10 @@ class ModuleTensors:
         return None if alpha in (0.0, rank) else alpha
 
 
-ReadChange = Callable[[ModuleTensors, Site], tuple[WeightMethod, Tensors]]
+ReadChange = Callable[[ModuleTensors, Site], tuple[WeightMethod, TensorDict]]
 """Reads the change of a weight: returns the method that it stands for, and the method's tensors."""
 
-WriteChange = Callable[[WeightMethod, Tensors, Site, Tensor], Tensors]
+WriteChange = Callable[[WeightMethod, TensorDict, Site, Tensor], TensorDict]
 """Returns a method's tensors by their names in a file; the last argument is the base's weight."""
 
 

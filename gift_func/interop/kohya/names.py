@@ -50,11 +50,7 @@ class ModuleNames:
         return bool(fits) and self.prefixes[max(fits, key=len)] is None
 
     def module(self, flat_name: str) -> str:
-        """The module that a name in the file stands for.
-
-        Raises:
-            FileError: if there is none, or several.
-        """
+        """The module that a name in the file stands for; it is an error if there is none, or several."""
         names = self._found.get(flat_name, [])
         if not names:
             begins = ", ".join(map(repr, self.prefixes))
@@ -69,11 +65,7 @@ class ModuleNames:
         return names[0]
 
     def flat_name(self, module_name: str) -> str:
-        """A module's name in a file.
-
-        Raises:
-            AdaptError: if no prefix leads to it, or another module has the same one.
-        """
+        """A module's name in a file; it is an error if no prefix leads to the module, or another module has the same name."""
         flat_name = self._names.get(module_name)
         if flat_name is None:
             raise AdaptError(f"no prefix leads to the module {module_name!r}; name one in prefix={dict(self.prefixes)}")
@@ -84,11 +76,7 @@ class ModuleNames:
 
 
 def prefix_of(names: Iterable[str]) -> str:
-    """The known beginning that all names in a file share.
-
-    Raises:
-        FileError: if there are several, or a name has none.
-    """
+    """The known beginning that all names in a file share; it is an error if there are several, or a name has none."""
     found: dict[str, None] = {}
     for name in names:
         match = KNOWN.match(f"{name}.")

@@ -16,27 +16,19 @@ from ...select import Site
 from ...strategy import Placement
 from .formats import BIASES, format_of
 from .methods import Decomposed, is_host
-from .module_tensors import ModuleTensors, Tensors
+from .module_tensors import ModuleTensors, TensorDict
 
 
 class KohyaReader:
-    """Turns a file's tensors into methods, by parameter, and an adapter's state.
-
-    Args:
-        base: the base that they adapt.
-    """
+    """Turns a file's tensors into methods, by parameter, and an adapter's state."""
 
     def __init__(self, base: FrozenBase) -> None:
         self.groups = {site.name: group for group in base.sites() for site in group}
-        self.state: Tensors = {}
+        self.state: TensorDict = {}
         self.methods: dict[str, WeightMethod] = {}
 
     def read(self, source: ModuleTensors, module_name: str) -> None:
-        """Read all tensors of one module.
-
-        Raises:
-            FileError: if a tensor fits no parameter of the module.
-        """
+        """Read all tensors of one module."""
         for name in BIASES:
             if name in source.remaining:
                 self.place(self.site(source, module_name, "bias"), Diff(), {"diff": source.take(name)}, source)
@@ -52,11 +44,7 @@ class KohyaReader:
         self.place(site, method, tensors, source)
 
     def site(self, source: ModuleTensors, module_name: str, param_name: str) -> Site:
-        """The site of a module's weight or bias.
-
-        Raises:
-            FileError: if the module has none, or it is tied to another module's.
-        """
+        """The site of a module's weight or bias, which must be there and not be tied to another module's."""
         name = f"{module_name}.{param_name}" if module_name else param_name
         if name not in self.groups:
             raise FileError(f"{source.name} changes the {param_name} of {module_name!r}, which has none")
@@ -70,12 +58,8 @@ class KohyaReader:
             )
         return site
 
-    def place(self, site: Site, method: WeightMethod, tensors: Tensors, source: ModuleTensors) -> None:
-        """Set the method of a parameter and its tensors.
-
-        Raises:
-            FileError: if the method cannot adapt it, or a tensor has another size than the method's.
-        """
+    def place(self, site: Site, method: WeightMethod, tensors: TensorDict, source: ModuleTensors) -> None:
+        """Set the method of a parameter and its tensors, which must be of the names and sizes of the method's own."""
         if source.remaining and site.param_name == "weight":
             raise FileError(f"{source.name} also holds {next(iter(source.remaining))!r}, for which there is no use")
         name = self.groups[site.name][0].name
@@ -85,7 +69,7 @@ class KohyaReader:
         if lack is not None:
             raise FileError(f"{source.name} would adapt {site.name!r} by {method}, which needs {lack}")
         method = with_widest_dtype(method, site.parameter.dtype, tensors)
-        bare = replace(site, parameter=torch.empty(site.parameter.shape, dtype=site.parameter.dtype, device="meta"))
+        bare = replace(site, parameter=torch.empty_like(site.parameter, device="meta"))
         placement = Placement(name, bare, method.for_site(bare), method)
         wanted = Shapes(torch.Generator()).own(placement)
         if wanted.keys() != tensors.keys():
@@ -96,7 +80,7 @@ class KohyaReader:
         self.methods[name] = method
 
 
-def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: Tensors) -> WeightMethod:
+def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: TensorDict) -> WeightMethod:
     """The method with the widest of the tensors' dtypes, if it has a field for it and the parameter's dtype is another."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     if isinstance(method, Decomposed):
@@ -105,11 +89,7 @@ def with_widest_dtype(method: WeightMethod, dtype: torch.dtype, tensors: Tensors
 
 
 def reshaped_to(tensor: Tensor, shape: torch.Size, local: str, source: ModuleTensors) -> Tensor:
-    """A file's tensor in the method's shape, from which it may differ by axes of size 1 and by a flattened kernel.
-
-    Raises:
-        FileError: if it differs otherwise.
-    """
+    """A file's tensor in the method's shape, from which it may differ by axes of size 1 and by a flattened kernel only."""
     same = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
     flat = tensor.ndim > len(shape) == 2 and tensor.flatten(1).shape == shape
     if not same and not flat:

@@ -22,7 +22,7 @@ from ...methods.norm_tuning import is_norm
 from ...select import Site
 from .formats import WRITERS, change_of
 from .methods import Decomposed, is_host
-from .module_tensors import Tensors
+from .module_tensors import TensorDict
 from .names import ModuleNames, Prefix
 
 NATIVELY = "Save it natively (gf.save_adapter), or merge() it and save the model."
@@ -68,12 +68,8 @@ def save(
     safetensors_io.write(Path(path), safetensors_io.with_metadata(data, {key: str(value) for key, value in about.items()}))
 
 
-def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
-    """The file's tensors.
-
-    Raises:
-        AdaptError: for what the format cannot express.
-    """
+def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> TensorDict:
+    """The file's tensors; what the format cannot express is an error."""
     base = adapted.frozen_base
     if base.slots:
         raise AdaptError(f"the model was adapted on top of another adapter, which the file would leave out. {NATIVELY}")
@@ -83,7 +79,7 @@ def tensors_of(adapted: AdaptedModel, prefix: Prefix) -> Tensors:
     buffer = next(iter(sorted(state.keys() - adapted.adapter.keys())), None)
     if buffer is not None:
         raise AdaptError(f"the buffer {buffer!r} differs from the base's, and the file has no place for it. {NATIVELY}")
-    made: Tensors = {}
+    made: TensorDict = {}
     beside: list[tuple[str, Tensor, Site]] = []
     for part in adapted.adapted_parameters:
         site = _site_of(part, groups)
@@ -147,7 +143,7 @@ def _writer(method: WeightMethod, site: Site) -> Any:
     return WRITERS[type(method)][1]
 
 
-def _bias_change(flat_name: str, change: Tensor, site: Site, made: Tensors) -> Tensors:
+def _bias_change(flat_name: str, change: Tensor, site: Site, made: TensorDict) -> TensorDict:
     """The change of a bias, which LyCORIS reads only together with a full change of its weight."""
     norm = is_norm(site.module)
     if not norm and not is_host(site.module):

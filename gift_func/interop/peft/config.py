@@ -102,11 +102,7 @@ NUMBERS = {"random_loc_seed": int, "random_seed": int}
 
 
 def read_config(directory: Path) -> Config:
-    """The config of a directory, as it is in the file.
-
-    Raises:
-        FileError: if there is none, or it is no JSON object with a `peft_type`.
-    """
+    """The config of a directory, as it is in the file, which must be a JSON object with a `peft_type`."""
     path = directory / FILE
     if not path.is_file():
         below = sorted(found.parent.name for found in directory.glob(f"*/{FILE}"))
@@ -188,11 +184,7 @@ def _all(value: Any, kind: type) -> bool:
 
 
 def check_lora(config: Config) -> None:
-    """Refuse values of LoRA's keys that are not supported.
-
-    Raises:
-        FileError: naming the key.
-    """
+    """Refuse values of LoRA's keys that are not supported."""
     init = str(config["init_lora_weights"]).lower()
     if init.startswith(MUTATING):
         raise FileError(

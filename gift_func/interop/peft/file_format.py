@@ -33,8 +33,9 @@ class FileFormat:
     Attributes:
         method: the class of the method here.
         keys: the keys of its config and their defaults.
-        from_config: makes the method from a module's config.
-        to_config: the config's keys that describe a method.
+        fields: keys that the method has as fields -> those fields' names.
+        read: from a module's config, the method's other arguments.
+        write: from a method, the other keys that describe it.
         suffixes: the names of tensors in the file, if they are other than the method's.
         patterns: keys that may differ by module -> the key of the pattern with the other values.
         training: keys that act in training only, and are not supported.
@@ -46,8 +47,9 @@ class FileFormat:
 
     method: type[WeightMethod]
     keys: Config
-    from_config: Callable[[Config], WeightMethod]
-    to_config: Callable[[Any], Config]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[Config], dict[str, Any]] = lambda config: {}
+    write: Callable[[Any], Config] = lambda method: {}
     suffixes: Mapping[str, str] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
     training: Collection[str] = ()
@@ -63,11 +65,7 @@ class FileFormat:
         return {"modules_to_save": None, "target_modules": None, **self.keys, **patterns}
 
     def full_config(self, given: Config, ignore: Collection[str]) -> Config:
-        """The config with its defaults.
-
-        Raises:
-            FileError: for what is not supported.
-        """
+        """The config with its defaults, without keys that are not supported."""
         config = configs.complete(given, self.known, ignore, self.unsupported)
         for key in self.training:
             if config[key]:
@@ -78,11 +76,7 @@ class FileFormat:
         return config
 
     def read_file(self, reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
-        """Read a file.
-
-        Raises:
-            FileError: for what is not supported, or does not fit.
-        """
+        """Read a file; what is not supported or does not fit is an error."""
         config = configs.resolved(self.full_config(given, ignore), reader.base.tree.module)
         names = [name for name in reader.modules if name and configs.targets(config, name)]
         paths = Paths(dict.fromkeys(names, 1))
@@ -111,7 +105,7 @@ class FileFormat:
         if not self.adapts(module):
             raise FileError(f"the config targets {name!r}, a {type(module).__name__}; PEFT adapts {', '.join(self.hosts)} so")
         site = reader.site(name, "weight")
-        method = self.from_config(config)
+        method = self.method(**{name: config[key] for key, name in self.fields.items()}, **self.read(config))
         reason = method.why_not(site)
         if reason is not None:
             raise FileError(f"the config adapts {site.name!r} by {method}, which needs {reason}")
@@ -134,11 +128,7 @@ class FileFormat:
         return [FileTensor(f"{path}.{self.suffixes.get(name, name)}", name) for name in names if name not in self.drawn]
 
     def write_file(self, writer: PeftWriter) -> None:
-        """Write a file.
-
-        Raises:
-            AdaptError: for what the format cannot express.
-        """
+        """Write a file; what the format cannot express is an error."""
         sites = {name: writer.site(name) for name in writer.parts}
         paths = Paths({site.module_name: 1 for site in sites.values()})
         settings: dict[str, dict[str, Any]] = {}
@@ -152,7 +142,8 @@ class FileFormat:
             for local in self.drawn:
                 if not torch.equal(writer.state[part.names[local]], redrawn(site, part.method)[local]):
                     raise AdaptError(f"PEFT draws {part.names[local]!r} from its config, and these were drawn otherwise")
-            for key, value in self.to_config(part.method).items():
+            own = {key: getattr(part.method, name) for key, name in self.fields.items()} | self.write(part.method)
+            for key, value in own.items():
                 settings.setdefault(key, {})[site.module_name] = value
             writer.write_tensors(part, self.file_tensors(paths.outside(site.module_name), site, part.method))
         writer.config |= self.known
@@ -178,11 +169,7 @@ class FileFormat:
 
 
 def peft_type_of(methods: Sequence[WeightMethod], kinds: Mapping[str, FileFormat]) -> str:
-    """The `peft_type` of an adapter with these methods.
-
-    Raises:
-        AdaptError: if there is none.
-    """
+    """The `peft_type` of an adapter with these methods; it is an error if there is none."""
     main = [method for method in methods if not isinstance(method, (Full, Diff, TrainableTokens, ScaledBias))]
     # What other files have in addition to their method may also be all that there is.
     alone = {type(method) for method in main or methods}

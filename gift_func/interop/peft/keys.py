@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -24,16 +25,6 @@ def same(tensor: Tensor) -> Tensor:
 def transposed(tensor: Tensor) -> Tensor:
     """The transpose, in memory of its own."""
     return tensor.mT.contiguous()
-
-
-def doubled(tensor: Tensor) -> Tensor:
-    """Twice the tensor, exactly."""
-    return tensor * 2
-
-
-def halved(tensor: Tensor) -> Tensor:
-    """Half the tensor, exactly."""
-    return tensor / 2
 
 
 @dataclass(frozen=True)
@@ -95,13 +86,10 @@ def by_module(site: Site) -> bool:
 
 
 def lora_module(path: str, site: Site, twice: bool = False) -> list[FileTensor]:
-    """The factors of a module's weight.
+    """The factors of a module's weight; `path` is the module's outermost wrapper.
 
-    Args:
-        path: the module's outermost wrapper.
-        site: the weight.
-        twice: whether it is the `out_proj` of an attention that PEFT adapts. PEFT merges its change and then has the layer
-            merge it again, so there a file's tensors stand for twice their product.
+    `twice` is for the `out_proj` of an attention that PEFT adapts. PEFT merges its change and then has the layer merge it
+    again, so there a file's tensors stand for twice their product.
     """
     if isinstance(site.module, nn.Embedding):
         # PEFT's product is that of the transposed table.
@@ -109,8 +97,8 @@ def lora_module(path: str, site: Site, twice: bool = False) -> list[FileTensor]:
             FileTensor(f"{path}.lora_embedding_A", "lora_B", transposed, transposed),
             FileTensor(f"{path}.lora_embedding_B", "lora_A", transposed, transposed),
         ]
-    b = (doubled, halved) if twice else (same, same)
-    return [FileTensor(f"{path}.lora_A.weight", "lora_A"), FileTensor(f"{path}.lora_B.weight", "lora_B", *b)]
+    doubled = (partial(torch.mul, other=2), partial(torch.mul, other=0.5)) if twice else ()
+    return [FileTensor(f"{path}.lora_A.weight", "lora_A"), FileTensor(f"{path}.lora_B.weight", "lora_B", *doubled)]
 
 
 def lora_parameter(path: str, site: Site) -> list[FileTensor]:
@@ -136,7 +124,4 @@ def lora_parameter(path: str, site: Site) -> list[FileTensor]:
 
 
 def _rearrangements(theirs: str, ours: str, experts: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    return (
-        partial(rearrange, pattern=f"{theirs} -> {ours}", e=experts),
-        partial(rearrange, pattern=f"{ours} -> {theirs}"),
-    )
+    return partial(rearrange, pattern=f"{theirs} -> {ours}", e=experts), partial(rearrange, pattern=f"{ours} -> {theirs}")

@@ -78,11 +78,7 @@ def load(
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a directory's weight file.
-
-    Raises:
-        FileError: if it is missing, damaged, or a pickle.
-    """
+    """The tensors of a directory's weight file, which must not be a pickle."""
     path = folder / WEIGHTS
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise FileError(

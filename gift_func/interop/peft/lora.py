@@ -22,18 +22,14 @@ from . import config as configs
 from .config import Config
 from .keys import PREFIX, FileTensor, Paths, by_module, is_target, lora_module, lora_parameter, ties_embeddings
 from .reader import PeftReader
-from .writer import PeftWriter, plain_number, shared_value, zero_factor
+from .writer import PeftWriter, plain_number, shared_value
 
 MAGNITUDE = "lora_magnitude_vector"
 RESIDUES = ("lora_A0", "lora_B0")
 
 
 def read_lora_file(reader: PeftReader, given: Config, ignore: Collection[str]) -> None:
-    """Read a LoRA file.
-
-    Raises:
-        FileError: for what is not supported, or does not fit.
-    """
+    """Read a LoRA file; what is not supported or does not fit is an error."""
     config = configs.complete(given, configs.LORA_KEYS | dict.fromkeys(configs.TIED), ignore, configs.UNSUPPORTED)
     configs.check_lora(config)
     config = configs.resolved(config, reader.base.tree.module)
@@ -67,7 +63,7 @@ def read_lora_file(reader: PeftReader, given: Config, ignore: Collection[str]) -
 def _method_of(config: Config, key: str, module: nn.Module | None = None) -> LoRA:
     init: Any = config["init_lora_weights"]
     residual = isinstance(init, str) and init.startswith(RESIDUAL)
-    if residual and not (isinstance(module, nn.Linear) or (module is not None and is_a(module, HF_CONV1D))):
+    if residual and (module is None or not (isinstance(module, nn.Linear) or is_a(module, HF_CONV1D))):
         raise FileError(f"init_lora_weights={init!r} on {key!r}, which PEFT has for linear layers only")
     kind: type[LoRA] = DoRA if config["use_dora"] else LoRA
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
@@ -110,22 +106,23 @@ def _wrappers(reader: PeftReader, modules: Collection[str], parameters: dict[str
 
 
 def _read_module(reader: PeftReader, config: Config, paths: Paths, name: str) -> None:
-    module, method = reader.modules[name], _method_of(config, name, reader.modules[name])
+    module = reader.modules[name]
+    method = _method_of(config, name, module)
     if not is_target(module):
         raise FileError(f"the config targets {name!r}, a {type(module).__name__}, which LoRA cannot adapt as a module")
-    sites = [reader.site(name, "weight")] if not isinstance(module, nn.MultiheadAttention) else []
-    if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
-            raise FileError(f"the config targets {name!r}, whose query, key and value differ in size: PEFT has no such format")
+    if not isinstance(module, nn.MultiheadAttention):
+        sites = [reader.site(name, "weight")]
+    elif module.in_proj_weight is None:
+        raise FileError(f"the config targets {name!r}, whose query, key and value differ in size: PEFT has no such format")
+    elif isinstance(method, DoRA):
+        raise FileError(f"use_dora on {name!r}, a MultiheadAttention, for which PEFT has no format")
+    else:
         sites = [reader.site(name, "in_proj_weight"), reader.site(f"{name}.out_proj", "weight")]
     for site in sites:
         path = paths.outside(site.module_name)
-        if isinstance(method, DoRA) and isinstance(module, nn.MultiheadAttention):
-            raise FileError(f"use_dora on {name!r}, a MultiheadAttention, for which PEFT has no format")
         file_tensors = lora_module(path, site, twice=site.module_name != name)
         file_tensors += [FileTensor(f"{path}.{MAGNITUDE}", MAGNITUDE)] if isinstance(method, DoRA) else []
-        group = reader.groups[site.name]
-        if config["ensure_weight_tying"] and group[0].name in reader.methods:
+        if config["ensure_weight_tying"] and reader.groups[site.name][0].name in reader.methods:
             reader.check_tied(site, file_tensors)
             continue
         reader.place(site, method, file_tensors, tied=bool(config["ensure_weight_tying"]))
@@ -161,11 +158,7 @@ def _read_tokens(reader: PeftReader, config: Config, paths: Paths) -> None:
 
 
 def write_lora_file(writer: PeftWriter) -> None:
-    """Write a LoRA file.
-
-    Raises:
-        AdaptError: for what the format cannot express.
-    """
+    """Write a LoRA file; what the format cannot express is an error."""
     for part in list(writer.parts.values()):
         _without_residue(writer, part)
     methods = {name: part.method for name, part in writer.parts.items() if isinstance(part.method, LoRA)}
@@ -188,7 +181,7 @@ def write_lora_file(writer: PeftWriter) -> None:
     if dora and (parameters or any(isinstance(writer.modules[owner], nn.MultiheadAttention) for owner in owners.values())):
         raise AdaptError("PEFT has no DoRA for nn.MultiheadAttention nor for parameters that it targets by name")
     writer.config |= {**configs.LORA_KEYS, "use_dora": dora}
-    _write_numbers(writer, {owners.get(name, name): [] for name in methods}, owners, methods, bool(parameters))
+    _write_numbers(writer, owners, methods, bool(parameters))
     for name, site in sites.items():
         if methods[name].layout == "balanced":
             raise AdaptError(f"PEFT factors the kernel {name!r} as conv='kernel' does, and not as conv='balanced'")
@@ -248,12 +241,11 @@ def _is_by_module(writer: PeftWriter, site: Site) -> bool:
     return by_module(site)
 
 
-def _write_numbers(
-    writer: PeftWriter, places: dict[str, list[LoRA]], owners: dict[str, str], methods: dict[str, LoRA], parameters: bool
-) -> None:
+def _write_numbers(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA], parameters: bool) -> None:
     """Write ranks, alphas, dropout and `use_rslora`; a module that PEFT adapts as one has one rank."""
+    places: dict[str, list[LoRA]] = {}
     for name, method in methods.items():
-        places[owners.get(name, name)].append(method)
+        places.setdefault(owners.get(name, name), []).append(method)
     rslora = all(method.rslora for method in methods.values())
     ranks = {place: shared_value(f"rank for {place!r}", [m.rank for m in found]) for place, found in places.items()}
     scales = {place: shared_value(f"scale for {place!r}", [m.scale for m in found]) for place, found in places.items()}
@@ -281,8 +273,8 @@ def _write_attention(writer: PeftWriter, paths: Paths, owners: dict[str, str], m
                 site = writer.groups[missing][0]
                 a, b = lora_module(paths.outside(site.module_name), site)
                 rows, columns = site.parameter.shape
-                writer.tensors[a.key] = zero_factor(site.parameter, methods[name].rank, columns)
-                writer.tensors[b.key] = zero_factor(site.parameter, rows, methods[name].rank)
+                writer.tensors[a.key] = site.parameter.new_zeros(methods[name].rank, columns)
+                writer.tensors[b.key] = site.parameter.new_zeros(rows, methods[name].rank)
 
 
 def _write_tied(writer: PeftWriter, owners: dict[str, str], methods: dict[str, LoRA]) -> None:

@@ -19,12 +19,7 @@ from .keys import FileTensor, Paths
 
 
 class PeftReader:
-    """Turns a file's tensors into methods, by parameter, and an adapter's state; what nothing reads remains.
-
-    Args:
-        base: the base that they adapt.
-        tensors: the file's.
-    """
+    """Turns a file's tensors into methods, by parameter, and an adapter's state; what nothing reads remains."""
 
     def __init__(self, base: FrozenBase, tensors: dict[str, Tensor]) -> None:
         self.base = base
@@ -40,26 +35,15 @@ class PeftReader:
         return next(site for site in self.groups[name] if site.name == name)
 
     def take(self, key: str) -> Tensor:
-        """Remove a tensor of the file, and return it.
-
-        Raises:
-            FileError: if it is not there.
-        """
+        """Remove a tensor of the file, and return it; it is an error if it is not there."""
         if key not in self.remaining:
             raise FileError(f"the file lacks {key!r}, which its config asks for; {nearest(key, self.remaining)}")
         return self.remaining.pop(key)
 
     def place(self, site: Site, method: WeightMethod, file_tensors: Sequence[FileTensor], tied: bool = False) -> None:
-        """Set the method of a parameter and its tensors.
+        """Set the method of a parameter and its tensors; it is an error if one is missing.
 
-        Args:
-            site: the parameter.
-            method: how it is adapted.
-            file_tensors: its tensors.
-            tied: whether the file means a tied parameter in all modules that have it.
-
-        Raises:
-            FileError: if a tensor is missing, or the file means one module of several with a tied parameter.
+        With `tied` the file means a tied parameter in all modules that have it; otherwise a tied parameter is an error.
         """
         group = self.groups[site.name]
         if len(group) > 1 and not tied:
@@ -79,15 +63,7 @@ class PeftReader:
             self.state[placement.full_name(local)] = tensor
 
     def check_tied(self, site: Site, file_tensors: Sequence[FileTensor]) -> None:
-        """Remove the tensors that PEFT writes again for another module with a tied parameter.
-
-        Args:
-            site: the parameter in the other module.
-            file_tensors: its tensors.
-
-        Raises:
-            FileError: if they differ from those of the first module.
-        """
+        """Remove the tensors that PEFT writes again for a tied parameter in another module; they must be those of the first."""
         name = self.groups[site.name][0].name
         placement = Placement(name, site, self.methods[name], self.methods[name])
         for file_tensor in file_tensors:
@@ -96,25 +72,16 @@ class PeftReader:
                 raise FileError(f"{file_tensor.key!r} is to be tied to what the file holds for {name!r}, and differs from it")
 
     def draw(self, site: Site, method: WeightMethod, names: Collection[str]) -> None:
-        """Draw the tensors that follow from the method and the base alone, and so are in no file.
-
-        Args:
-            site: a parameter that was read.
-            method: how it is adapted.
-            names: the method's names of those tensors.
-        """
+        """Draw the tensors with these names, which follow from the method and the base alone, and so are in no file."""
         name = self.groups[site.name][0].name
         made = redrawn(site, method) if names else {}
         for local in names:
             self.state[Placement(name, site, method, method).full_name(local)] = made[local]
 
     def save_modules(self, wanted: Collection[str], paths: Paths, ties: bool = False) -> None:
-        """Read the modules that are saved whole (`modules_to_save`): all whose name ends with one of these.
+        """Read the modules that are saved whole (`modules_to_save`): all whose name ends with one of `wanted`.
 
-        Args:
-            wanted: the ends of their names.
-            paths: where things are in the file.
-            ties: whether PEFT kept tied parameters tied.
+        `ties` says whether PEFT kept tied parameters tied.
         """
         for name, module in self.modules.items():
             if not name or not any(name.endswith(end) for end in wanted):
@@ -149,8 +116,7 @@ class PeftReader:
     def base_weights(self, paths: Paths) -> None:
         """Read whole weights that the config does not name: those of embeddings, which PEFT adds.
 
-        Raises:
-            FileError: if one differs from the model's in shape, or differs and is adapted.
+        It is an error if one differs from the model's in shape, or differs and is adapted.
         """
         for name, module in self.modules.items():
             for param_name in module._parameters:
@@ -172,11 +138,7 @@ class PeftReader:
                     self.place(self.site(name, param_name), Full(), [FileTensor(key, "")], tied=True)
 
     def check(self) -> None:
-        """Refuse a file with tensors that nothing read, or that adapts nothing.
-
-        Raises:
-            FileError: naming the first.
-        """
+        """Refuse a file with tensors that nothing read, or that adapts nothing."""
         if self.remaining:
             key = next(iter(self.remaining))
             raise FileError(

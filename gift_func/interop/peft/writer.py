@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ...adapted_model import AdaptedModel
@@ -18,7 +17,7 @@ from ...select import Site
 from . import config as configs
 from .keys import FileTensor, Paths, ties_embeddings
 
-Value = TypeVar("Value", bound=Hashable)
+Setting = TypeVar("Setting", bound=Hashable)
 
 
 class PeftWriter:
@@ -58,21 +57,18 @@ class PeftWriter:
         for part in adapted.adapted_parameters:
             if part.name not in self.groups:
                 raise AdaptError(f"{part.name!r} belongs to a module that an action put in, which no PEFT file can hold")
-            roles: list[tuple[type, dict[str, AdaptedParameter]]] = [
-                (Full, self.whole),
-                (Diff, self.biases),
-                (ScaledBias, self.biases),
-                (TrainableTokens, self.tokens),
-                (object, self.parts),
-            ]
-            next(found for kind, found in roles if isinstance(part.method, kind))[part.name] = part
+            match part.method:
+                case Full():
+                    self.whole[part.name] = part
+                case Diff() | ScaledBias():
+                    self.biases[part.name] = part
+                case TrainableTokens():
+                    self.tokens[part.name] = part
+                case _:
+                    self.parts[part.name] = part
 
     def site(self, name: str, tied: bool = False) -> Site:
-        """The site of an adapted parameter.
-
-        Raises:
-            AdaptError: if it is tied and PEFT would not keep it so.
-        """
+        """The site of an adapted parameter; it is an error if that is tied and PEFT would not keep it so."""
         group = self.groups[name]
         if len(group) > 1 and not (tied or self.tied):
             others = ", ".join(site.name for site in group[1:])
@@ -100,13 +96,10 @@ class PeftWriter:
     def set_pattern(self, field: str, values: Mapping[str, Any], exact: bool = False) -> Any:
         """Set a pattern of the values that differ from the most common one, which is returned.
 
-        Args:
-            field: the key of the pattern.
-            values: by name of the parameter or module.
-            exact: whether the pattern's keys are plain names in PEFT, and not expressions.
+        With `exact` the pattern's keys are plain names in PEFT, and not expressions.
         """
-        default = most_common(values.values())
-        found = {name if exact else f"^{_escaped(name)}": value for name, value in values.items() if value != default}
+        default = Counter(values.values()).most_common(1)[0][0]
+        found = {name if exact else "^" + name.replace(".", r"\."): value for name, value in values.items() if value != default}
         self.config[field] = found
         return default
 
@@ -130,11 +123,7 @@ class PeftWriter:
         self.check_buffers(inside)
 
     def check_buffers(self, inside: tuple[str, ...]) -> None:
-        """Refuse buffers that changed and are not in the file.
-
-        Args:
-            inside: the beginnings of names of those that are in it.
-        """
+        """Refuse buffers that changed and are not in the file; `inside` has the beginnings of names of those that are in it."""
         buffer = next((name for name in sorted(self.changed) if not name.startswith(inside)), None)
         if buffer is not None:
             raise AdaptError(
@@ -165,11 +154,7 @@ class PeftWriter:
                 self.tensors[f"{path}.{buffer_name}"] = self.buffers[inside + buffer_name].detach()
 
     def check(self) -> None:
-        """Check that the config targets the modules that it names, and no others.
-
-        Raises:
-            AdaptError: if it does not.
-        """
+        """Check that the config targets the modules that it names, and no others."""
         found = {name for name in self.modules if name and configs.targets(self.config, name)}
         wanted = self.config.get("target_modules") or []
         meant = {name for name in self.modules if name and configs.matches(wanted, name)}
@@ -180,17 +165,8 @@ class PeftWriter:
             )
 
 
-def most_common(values: Iterable[Value]) -> Value:
-    """The most frequent value, the first of several."""
-    return Counter(values).most_common(1)[0][0]
-
-
-def shared_value(what: str, values: Sequence[Value]) -> Value:
-    """The value that all modules share.
-
-    Raises:
-        AdaptError: if they differ.
-    """
+def shared_value(what: str, values: Sequence[Setting]) -> Setting:
+    """The value that all modules share; it is an error if they differ."""
     if len(set(values)) > 1:
         shown = ", ".join(sorted(map(str, set(values))))
         raise AdaptError(f"PEFT's config has one {what} for all places, and the adapter has {shown}. Save it natively.")
@@ -200,12 +176,3 @@ def shared_value(what: str, values: Sequence[Value]) -> Value:
 def plain_number(value: float) -> float:
     """A whole number as an int, as PEFT writes them."""
     return int(value) if float(value).is_integer() else value
-
-
-def zero_factor(parameter: Tensor, *shape: int) -> Tensor:
-    """A factor of zeros."""
-    return torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
