@@ -137,7 +137,8 @@ def test_members_by_an_index_tensor() -> None:
 def test_what_is_no_member() -> None:
     ens = ensemble(MLP().double())
     x = torch.randn(2, 6, dtype=torch.float64)
-    for members in ([0, 3], [0, -1], [0, "1"], [True, 0]):
+    wrong: list[Any] = [[0, 3], [0, -1], [0, "1"], [True, 0]]
+    for members in wrong:
         with pytest.raises(gf.AdaptError, match="there is no member"):
             ens.mix(x, members=members)
     with pytest.raises(gf.AdaptError, match="members are whole numbers"):
