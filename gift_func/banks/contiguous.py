@@ -1,4 +1,4 @@
-"""Tensors of several adapters next to each other in memory, so that those of a batch are one stack as they lie."""
+"""Lays the tensors of several adapters next to each other in memory, so that they are one stack without a copy."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ from ..network.frozen_base import FrozenBase
 
 
 def side_by_side(adapters: Sequence[Adapter], base: FrozenBase | None = None) -> list[Adapter]:
-    """The same adapters with their tensors copied, those of one name and shape next to each other in memory.
-
-    A batch that uses all of them then needs no copy of any: their tensors are one stack as they lie.
+    """The same adapters with copied tensors, those of one name and shape next to each other in memory.
 
     Args:
         adapters: adapters of bases that share their tensors.
-        base: the one that all are put on; None leaves each on its own.
+        base: the base of the copies; None for each adapter's own.
     """
-    found: list[dict[str, Tensor]] = [dict(adapter.tensors) for adapter in adapters]
-    for name, owners, slab in _slabs(adapters):
-        for index, row in zip(owners, slab.unbind(0), strict=True):
-            found[index][name] = nn.Parameter(row.detach(), requires_grad=adapters[index].tensors[name].requires_grad)
-    return [adapter.replace_tensors(own, base) for adapter, own in zip(adapters, found, strict=True)]
+    copies: list[dict[str, Tensor]] = [dict(adapter.tensors) for adapter in adapters]
+    for name, indices in _alike(adapters):
+        with lasting_outside(), torch.no_grad():
+            stack = torch.stack([adapters[index].tensors[name] for index in indices])
+        for index, tensor in zip(indices, stack.unbind(0), strict=True):
+            copies[index][name] = nn.Parameter(tensor.detach(), requires_grad=adapters[index].tensors[name].requires_grad)
+    return [adapter.replace_tensors(tensors, base) for adapter, tensors in zip(adapters, copies, strict=True)]
 
 
 def lay_side_by_side(adapters: Sequence[Adapter]) -> None:
-    """Move the tensors of adapters next to each other in memory; the parameters stay the same objects."""
-    for name, owners, slab in _slabs(adapters):
-        for index, row in zip(owners, slab.unbind(0), strict=True):
-            adapters[index].tensors[name].data = row
+    """Move the tensors of adapters next to each other in memory, unless they are; the parameters stay the same objects."""
+    for name, indices in _alike(adapters):
+        tensors = [adapters[index].tensors[name] for index in indices]
+        if not lies_stacked(tensors):
+            with lasting_outside(), torch.no_grad():
+                stack = torch.stack(tensors)
+            for tensor, moved in zip(tensors, stack.unbind(0), strict=True):
+                tensor.data = moved
     for adapter in adapters:
-        adapter.forget_weights()
+        adapter.clear_cached_weights()
 
 
-def _slabs(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], Tensor]]:
-    """For all tensors of one name and shape that name, which adapters have one, and their values as one stack."""
+def _alike(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int]]]:
+    """For all tensors of one name, shape, dtype and device the name, and the indices of the adapters."""
     groups: dict[tuple[str, torch.Size, torch.dtype, torch.device], list[int]] = {}
     for index, adapter in enumerate(adapters):
         for name, tensor in adapter.tensors.items():
             groups.setdefault((name, tensor.shape, tensor.dtype, tensor.device), []).append(index)
-    for (name, *_), owners in groups.items():
-        with lasting_outside(), torch.no_grad():
-            yield name, owners, torch.stack([adapters[index].tensors[name] for index in owners])
+    return ((name, indices) for (name, *_), indices in groups.items())
 
 
 def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:

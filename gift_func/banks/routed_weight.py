@@ -85,7 +85,7 @@ class Placeholder(Slot):
     route: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
-    def holding(cls, weight: RoutedWeight, segments: Segments) -> Self:
+    def for_call(cls, weight: RoutedWeight, segments: Segments) -> Self:
         """A new placeholder."""
         plain = Slot.of(weight)
         made = plain.as_subclass(cls)

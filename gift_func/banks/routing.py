@@ -137,7 +137,7 @@ def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, segments: Segm
             continue
         values = [flat[place] for flat, _ in results]
         weights = [value.weight if isinstance(value, Slot) else Dense(value) for value in values]
-        made.append(RoutedSlot.holding(RoutedWeight(weights, name), segments))
+        made.append(RoutedSlot.for_call(RoutedWeight(weights, name), segments))
     return tree_unflatten(made, out_spec)
 
 

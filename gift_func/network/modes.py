@@ -1,4 +1,4 @@
-"""Which modules of a network are in training mode: one whose BatchNorm is frozen is in no single mode."""
+"""Which modules of a network are in training mode; they may differ, as where a BatchNorm is frozen."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Modes = frozenset[str]
 
 
 def modes_of(tree: ModuleTree) -> Modes:
-    """The modes that a tree's modules are in."""
+    """The modules of a tree that are in training mode."""
     return frozenset(name for name, module in tree.modules.items() if module.training)
 
 
 def set_modes(tree: ModuleTree, modes: Modes | bool) -> None:
-    """Put each of a tree's modules in its mode, or all of them in one by the network's own `train`."""
+    """Set the mode of each of a tree's modules, or one for all by the network's own `train`."""
     if isinstance(modes, bool):
         tree.module.train(modes)
         return

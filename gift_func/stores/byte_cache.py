@@ -49,7 +49,7 @@ class Loaded(Generic[Value]):
 class ByteBudgetCache(Generic[Value]):
     """Values by name; safe under threads.
 
-    The lock is held for a look into a dictionary, never while a value is read or used. Threads that ask for a value that is
+    The lock is known for a look into a dictionary, never while a value is read or used. Threads that ask for a value that is
     being read wait for that one reading. Whoever was given a value keeps it alive: what is dropped here goes when the last
     one lets go of it.
 
@@ -59,7 +59,7 @@ class ByteBudgetCache(Generic[Value]):
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
-        self._held: OrderedDict[str, Loaded[Value]] = OrderedDict()
+        self._values: OrderedDict[str, Loaded[Value]] = OrderedDict()
         self._loading: dict[tuple[str, Hashable], Future[Value]] = {}
         self._lock = threading.Lock()
         self._bytes = self._hits = self._misses = self._evictions = 0
@@ -78,11 +78,11 @@ class ByteBudgetCache(Generic[Value]):
         key = name, stamp
         while True:
             with self._lock:
-                held = self._held.get(name)
-                if held is not None and held.stamp == stamp:
-                    self._held.move_to_end(name)
+                known = self._values.get(name)
+                if known is not None and known.stamp == stamp:
+                    self._values.move_to_end(name)
                     self._hits += 1
-                    return held.value
+                    return known.value
                 self._discard(name)
                 awaited = self._loading.get(key)
                 if awaited is None:
@@ -122,16 +122,16 @@ class ByteBudgetCache(Generic[Value]):
         self._discard(name)
         if self.budget is not None and loaded.size > self.budget:
             return  # the others would all have to go, and it as well
-        self._held[name] = loaded
+        self._values[name] = loaded
         self._bytes += loaded.size
         while self.budget is not None and self._bytes > self.budget:
-            self._discard(next(iter(self._held)))
+            self._discard(next(iter(self._values)))
             self._evictions += 1
 
     def _discard(self, name: str) -> bool:
-        held = self._held.pop(name, None)
-        self._bytes -= 0 if held is None else held.size
-        return held is not None
+        known = self._values.pop(name, None)
+        self._bytes -= 0 if known is None else known.size
+        return known is not None
 
     def drop(self, name: str) -> bool:
         """Let go of a value, also of one that is being read; whether there was one."""
@@ -143,9 +143,9 @@ class ByteBudgetCache(Generic[Value]):
     def names(self) -> tuple[str, ...]:
         """The names of the values that are kept, the most recently used last."""
         with self._lock:
-            return tuple(self._held)
+            return tuple(self._values)
 
     def counters(self) -> StoreCounters:
         """What happened so far, and what is kept now."""
         with self._lock:
-            return StoreCounters(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
+            return StoreCounters(self._hits, self._misses, self._evictions, len(self._values), self._bytes)

@@ -1,4 +1,4 @@
-"""The store: a folder of adapter files behind a bank, of which memory holds those used last."""
+"""The store: a bank whose adapters are files, of which those used last are in memory."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         base = base_of(model)
         self._runner = StoreRunner(base)
         self._reader = Reader(base, check_base=check_base, mapped=mapped)
-        self._shelf: ByteBudgetCache[Read] = ByteBudgetCache(budget)
+        self._cache: ByteBudgetCache[Read] = ByteBudgetCache(budget)
         self._writing = threading.Lock()
 
     # --- as a mapping
@@ -150,7 +150,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
             FileError: if a file is damaged or made for another base.
             AdaptError: if there are not as many names as samples, or the samples cannot be told apart at a weight.
         """
-        return self._runner.run(self._batch(adapters), args, kwargs, self._runner.alone)
+        return self._runner.run(self._batch(adapters), args, kwargs)
 
     def generate(self, *args: Any, adapters: Sequence[str | None], **kwargs: Any) -> Any:
         """`generate` of a transformers model on a batch, every sample with its own adapter, by its key-value cache.
@@ -163,12 +163,12 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         Raises:
             AttributeError: if the model has no `generate`.
         """
-        return self._runner.run(self._batch(adapters), args, kwargs, self._runner.alone, method="generate")
+        return self._runner.run(self._batch(adapters), args, kwargs, method="generate")
 
     @property
     def base(self) -> BaseView:
         """The frozen base, unadapted."""
-        return self._runner.view()
+        return self._runner.view
 
     def bank(self, names: Iterable[str]) -> AdapterBank:
         """A bank of copies of some adapters, in eval mode: they stay, and train, whatever becomes of their files.
@@ -242,27 +242,27 @@ class AdapterStore(Mapping[str, AdaptedModel]):
                 raise FileError(f"{path} cannot be deleted: {error}") from None
             raise self._files.missing(name) from None
         finally:
-            self._shelf.drop(name)
+            self._cache.drop(name)
 
     # --- memory
 
     @property
     def budget(self) -> int | None:
         """How many bytes the store keeps; None for any number."""
-        return self._shelf.budget
+        return self._cache.budget
 
     @property
     def counters(self) -> StoreCounters:
         """Hits, misses and evictions so far, and how many adapters and bytes are in memory now."""
-        return self._shelf.counters()
+        return self._cache.counters()
 
     def resident(self) -> tuple[str, ...]:
         """The names of the adapters in memory, the most recently used last."""
-        return self._shelf.names()
+        return self._cache.names()
 
     def evict(self, name: str) -> bool:
         """Drop an adapter from memory; its file stays. Whether it was there."""
-        return self._shelf.drop(name)
+        return self._cache.drop(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Read adapters now, so that the next call finds them in memory.
@@ -285,9 +285,9 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         path = self._files.path(name)
         now = stamp(path)
         if now is None:
-            self._shelf.drop(name)
+            self._cache.drop(name)
             raise self._files.missing(name)
-        return self._shelf.get(name, now, partial(self._load, name, path))
+        return self._cache.get(name, now, partial(self._load, name, path))
 
     def _load(self, name: str, path: str) -> Loaded[Read]:
         """What the file held at one moment: a reading that another file's arrival cut in two is done again."""
