@@ -17,8 +17,7 @@ from .adapter_dict import NameSpace
 from .methods import WeightMethod
 from .network.copy_pool import CopyPool
 from .network.frozen_base import FrozenBase
-from .network.modes import Modes
-from .network.module_tree import ModuleTree, NamedTensors, clone, persistent_buffers, set_buffer
+from .network.module_tree import Modes, ModuleTree, NamedTensors, clone, persistent_buffers, set_buffer
 from .network.runner import has_computed
 from .strategy import Strategy
 from .weights import Dense, Weight

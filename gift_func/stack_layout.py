@@ -84,12 +84,29 @@ class StackLayout:
         there = {name: (mask[members.to(mask.device)], base) for name, (mask, base) in self.stand_ins.items()}
         return replace(self, members=tuple(self.members[i] for i in index), gains=gains, stand_ins=there)
 
+    def member_tensors(self, index: int, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One member's own tensors, as views of the stacked ones."""
+        return {
+            name: cut_to(stacked[name] if name in self.once else stacked[name][index], shape)
+            for name, shape in self.members[index].shapes.items()
+        }
+
     def to(self, base: FrozenBase, like: Mapping[str, Tensor]) -> StackLayout:
         """The layout on a moved or cast base, with its tensors on the devices of the stacked ones."""
         gains = {name: tensor.to(like[name]) for name, tensor in self.gains.items()}
         there = {name: (mask.to(like[name].device), base.to(like[name])) for name, (mask, base) in self.stand_ins.items()}
         members = tuple(replace(member, parameters=member.parameters.on(base)) for member in self.members)
         return replace(self, parameters=self.parameters.on(base), members=members, gains=gains, stand_ins=there)
+
+
+def pad_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor padded with zeros at the end of its axes."""
+    return F.pad(tensor, [n for d in reversed(range(tensor.ndim)) for n in (0, shape[d] - tensor.shape[d])])
+
+
+def cut_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A view of a tensor without the padding of `pad_to`."""
+    return tensor if tensor.shape == shape else tensor[tuple(slice(n) for n in shape)]
 
 
 def make_layout(models: Sequence[AdaptedModel]) -> tuple[StackLayout, dict[str, nn.Parameter]]:
@@ -253,8 +270,7 @@ class _StackedParameter:
                 f"members cannot share a stack: {local} of {self.name!r} has shape {tuple(tensor.shape)} in one and "
                 f"{tuple(shape)} in another, which zeros cannot make equal"
             )
-        after = [(0, m - n) for n, m in zip(tensor.shape, shape, strict=True)]
-        return F.pad(tensor, [n for pair in reversed(after) for n in pair])
+        return pad_to(tensor, shape)
 
     def _start(self, base: FrozenBase) -> dict[str, Tensor]:
         method = self.parameter.method

@@ -16,8 +16,7 @@ from ..errors import AdaptError, nearest
 from ..methods import Method
 from ..network.base_view import BaseView
 from ..network.frozen_base import FrozenBase
-from ..network.modes import Modes, modes_of
-from ..network.module_tree import clone
+from ..network.module_tree import Modes, clone
 from ..printing import table
 from ..strategy import Strategy
 from .compiled import CompiledBank
@@ -81,7 +80,7 @@ class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
             frozen = first.frozen_base
         else:
             raise AdaptError("a bank without adapters needs to know its base: AdapterBank(base=model)")
-        modes = modes_of(frozen.tree) if first is None else first.copy_pool.current_modes()
+        modes = frozen.tree.modes() if first is None else first.copy_pool.current_modes()
         for name, model in given.items():
             _check_base(name, frozen, model.frozen_base)
         values = side_by_side([model.to_adapter() for model in given.values()], frozen)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapted_model import AdaptedModel
@@ -20,7 +19,7 @@ from ..network.copy_pool import CopyPool
 from ..network.frozen_base import FrozenBase
 from ..network.module_tree import ModuleTree
 from ..network.runner import Runner
-from ..stack_layout import make_layout
+from ..stack_layout import make_layout, pad_to
 from .contiguous import lies_stacked, stacked
 from .samples import check_size, shared
 
@@ -103,14 +102,7 @@ class CompiledBank:
     def _stack(self, name: str) -> Tensor:
         if name in self._stacks:
             return self._stacks[name]
-        return torch.stack([_padded(tensor, self._shapes[name]) for tensor in self._unstacked[name]])
-
-
-def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape == shape:
-        return tensor
-    after = [(0, m - n) for n, m in zip(tensor.shape, shape, strict=True)]
-    return F.pad(tensor, [n for pair in reversed(after) for n in pair])
+        return torch.stack([pad_to(tensor, self._shapes[name]) for tensor in self._unstacked[name]])
 
 
 def _batch(leaf: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from ..network.base_view import BaseView
 from ..network.copy_pool import CopyPool
 from ..network.fast_path import FastPath
 from ..network.frozen_base import FrozenBase
-from ..network.modes import Modes, modes_of, set_modes
-from ..network.module_tree import ModuleTree, clone
+from ..network.module_tree import Modes, ModuleTree, clone
 from ..tracking.replay import DivergedError, ReplayReads
 from ..tracking.sample_axis import SampleAxis, TrackSamples, tag
 from .arguments import Arguments
@@ -31,7 +30,7 @@ from .compiled import CompiledBank
 from .generation import stepped, stepping
 from .plan import Batch, Plan, Plans, RecordedPath
 from .routing import ApartError
-from .samples import check_size, is_mixed, is_opaque, leads, merged, put_back, rows_out, shared
+from .samples import check_size, is_mixed, is_opaque, leads, merged, output_axis, put_back, shared
 from .segments import Segments
 
 Output = tuple[list[Any], TreeSpec, Sequence[SampleAxis | None]]
@@ -63,8 +62,8 @@ class MixedBatchRunner:
     def __init__(self, base: FrozenBase, modes: Modes | bool) -> None:
         self.base = base
         tree = base.tree.copy(clone)
-        set_modes(tree, modes)
-        self.modes = modes_of(tree)
+        tree.set_modes(modes)
+        self.modes = tree.modes()
         self.training = "" in self.modes
         self._one_mode = modes if isinstance(modes, bool) else None
         if base.has_plain_modes and self.modes in (frozenset(), frozenset(tree.modules)):
@@ -201,7 +200,7 @@ class MixedBatchRunner:
             with TrackSamples(segments.size) as mode:
                 found, out_spec = tree_flatten(call.returns(copy.tree.module(*args, **kwargs)))
             segments.outlived = call.outlived
-        axes = [rows_out(leaf) for leaf in found]
+        axes = [output_axis(leaf) for leaf in found]
         mixed = segments.outlived or mode.depends_on_values or any(map(is_mixed, found))
         if kind is not None and segments.uses is not None and not mixed and plan.divergences[kind] < MAX_DIVERGENCES:
             of_output = tuple(one for leaf, one in zip(found, axes, strict=True) if isinstance(leaf, Tensor))

@@ -15,8 +15,7 @@ from ..adapter import Adapter
 from ..caching import LRU
 from ..network.fast_path import FastPath
 from ..network.frozen_base import FrozenBase
-from ..network.modes import Modes
-from ..network.module_tree import ModuleTree
+from ..network.module_tree import Modes, ModuleTree
 from ..tracking.replay import Answer
 from ..tracking.sample_axis import SampleAxis
 from ..weights import Weight

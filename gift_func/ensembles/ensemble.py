@@ -256,12 +256,11 @@ class Ensemble(AdapterModule):
     def _member(self, index: int) -> AdaptedModel:
         member = self.layout.members[index]
         buffers = copy_buffers(self.copy_pool.buffers, {name: self._buffer(name)[index] for name in self._state})
-        tensors = {}
-        for name, shape in member.shapes.items():
-            tensor = self.adapter[name]
-            share = tensor.detach() if name in self.layout.once else tensor.detach()[index]
-            cut = share[tuple(slice(n) for n in shape)].clone()
-            tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+        stacked = self._named_tensors()
+        tensors = {
+            name: nn.Parameter(clone(tensor), requires_grad=stacked[name].requires_grad)
+            for name, tensor in self.layout.member_tensors(index, stacked).items()
+        }
         # The ensemble's main copy is not reachable by users, so a copy of the base is the same.
         pool = self.copy_pool.fork(buffers, of_base=True)
         return AdaptedModel(Adapter(member.parameters, member.strategy, tensors), pool)

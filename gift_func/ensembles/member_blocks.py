@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..stack_layout import cut_to
+
 
 class MemberVectors:
     """Parameters of one dtype and device, with all numbers of a member in one vector.
@@ -101,10 +103,7 @@ class MemberViews:
         return [self.name]
 
     def _views(self, stacked: Tensor) -> list[Tensor | None]:
-        return [
-            None if shape is None else stacked[index][tuple(slice(n) for n in shape)]
-            for index, shape in enumerate(self._shapes)
-        ]
+        return [None if shape is None else cut_to(stacked[index], shape) for index, shape in enumerate(self._shapes)]
 
     def _pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
         views = self._views(self.parameter.detach())

@@ -42,8 +42,7 @@ class MixedMembers(MixedBatchRunner):
         self._adapters = []
         for index, member in enumerate(layout.members):
             with lasting_outside(), torch.enable_grad():
-                shares = {name: tensors[name] if name in layout.once else tensors[name][index] for name in member.shapes}
-                views = {name: _cut(share, member.shapes[name]) for name, share in shares.items()}
+                views = layout.member_tensors(index, tensors)
             differing = {name: buffer[index] for name, buffer in buffers.items() if not _is(buffer[index], known.get(name))}
             tree = ModuleTree(pool.tree.detached()).copy(clone) if has_modules else None
             self._adapters.append(Adapter(member.parameters, member.strategy, views, differing, tree))
@@ -79,11 +78,6 @@ def _state_of(pool: CopyPool, tensors: NamedTensors, buffers: NamedTensors) -> t
     of_tensors = [(name, id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()]
     of_buffers = [(name, id(buffer), buffer._version) for name, buffer in buffers.items()]
     return pool.current_modes(), of_tensors, of_buffers
-
-
-def _cut(share: Tensor, shape: torch.Size) -> Tensor:
-    """A member's own tensor: its share of the stack without the padding."""
-    return share if share.shape == shape else share[tuple(slice(n) for n in shape)]
 
 
 def _is(buffer: Tensor, known: Tensor | None) -> bool:

@@ -15,8 +15,7 @@ from torch import nn
 from .._torch import lasting_outside, without_modes
 from ..weights.call import Call, calling
 from .frozen_base import FrozenBase
-from .modes import Modes, modes_of, set_modes
-from .module_tree import ModuleBuffers, ModuleTree, NamedTensors, clone, copy_buffers
+from .module_tree import Modes, ModuleBuffers, ModuleTree, NamedTensors, clone, copy_buffers
 from .snapshot import Snapshot
 
 
@@ -49,13 +48,11 @@ class CopyPool:
         base: the frozen base.
         tree: the main copy; None for a copy of the base's that is made at first use.
         buffers: for a copy that is to be made, its private buffers; None for copies of the base's.
-        modes: for a copy that is to be made, the training modes that it is put in, one after the other.
+        modes: for a copy that is to be made, the training modes that it is put in, one after the other, since the network's
+            own `train` may do more than setting them.
 
     Attributes:
-        base: the frozen base.
         buffers: the private buffers, in the main copy's own dictionaries.
-        modes: the training modes that a new copy of the base's is put in, one after the other: the network's own `train`
-            may do more than setting them.
     """
 
     def __init__(
@@ -203,8 +200,8 @@ class CopyPool:
     def set_modes(self, modes: Modes | bool) -> None:
         """Put the main copy's modules in these modes, unless they are in them."""
         with self.lock:
-            if modes_of(self.tree) != modes:
-                set_modes(self.tree, modes)
+            if self.tree.modes() != modes:
+                self.tree.set_modes(modes)
 
     # --- copies for one call
 

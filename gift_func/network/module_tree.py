@@ -17,6 +17,9 @@ from .copy_tree import copy_tree, paths, walk
 NamedTensors = Mapping[str, Tensor]
 """Tensors by their global names."""
 
+Modes = frozenset[str]
+"""The dotted names of the modules in training mode; they may differ, as where a BatchNorm is frozen."""
+
 
 class ModuleBuffers(NamedTuple):
     """One module's buffers.
@@ -109,6 +112,18 @@ class ModuleTree:
         for name, (tensors, non_persistent) in buffers.items():
             vars(self.modules[name]).update(_buffers=tensors, _non_persistent_buffers_set=non_persistent)
 
+    def modes(self) -> Modes:
+        """The modules in training mode."""
+        return frozenset(name for name, module in self.modules.items() if module.training)
+
+    def set_modes(self, modes: Modes | bool) -> None:
+        """Set the mode of each module, or one for all by the network's own `train`."""
+        if isinstance(modes, bool):
+            self.module.train(modes)
+            return
+        for name, module in self.modules.items():
+            module.training = name in modes
+
     def detached(self, parameter_of: Callable[[Any], Tensor] = lambda parameter: parameter) -> nn.Module:
         """A copy that shares nothing with this tree except what `parameter_of` returns for each parameter."""
         return copy_tree(walk(self.module), parameter_of, clone)[0]
@@ -164,19 +179,20 @@ def copy_buffers(dicts: Mapping[str, ModuleBuffers], source: NamedTensors | None
     return made
 
 
-def named_buffers(dicts: Mapping[str, ModuleBuffers], *, saved_only: bool = False) -> dict[str, Tensor]:
-    """Buffers by their global names: all of them, or only the persistent ones."""
+def named_buffers(dicts: Mapping[str, ModuleBuffers]) -> dict[str, Tensor]:
+    """Buffers by their global names."""
     return {
         join(module_name, attribute): tensor
-        for module_name, (tensors, non_persistent) in dicts.items()
+        for module_name, (tensors, _) in dicts.items()
         for attribute, tensor in tensors.items()
-        if tensor is not None and not (saved_only and attribute in non_persistent)
+        if tensor is not None
     }
 
 
 def persistent_buffers(dicts: Mapping[str, ModuleBuffers]) -> dict[str, Tensor]:
     """The persistent buffers by their global names."""
-    return named_buffers(dicts, saved_only=True)
+    left_out = {join(module_name, attribute) for module_name, (_, names) in dicts.items() for attribute in names}
+    return {name: tensor for name, tensor in named_buffers(dicts).items() if name not in left_out}
 
 
 def set_buffer(dicts: Mapping[str, ModuleBuffers], name: str, tensor: Tensor) -> None:

@@ -11,8 +11,7 @@ from ..banks.plan import Plan, Plans, RecordedPath
 from ..caching import LRU
 from ..network.fast_path import FastPath
 from ..network.frozen_base import FrozenBase
-from ..network.modes import Modes
-from ..network.module_tree import ModuleTree
+from ..network.module_tree import Modes, ModuleTree
 
 PATHS = 256
 """How many recorded paths are cached, and for how many kinds of adapters."""
