@@ -75,11 +75,15 @@ class PerMember(Optimizer):
         self.kind, self.ensemble = kind, ensemble
         self._settings = [dict(own) for own in settings]
         self._parameters = dict(ensemble.named_trainable_parameters())
-        self._check()
+        if not self._parameters:
+            raise AdaptError("no parameter of the ensemble requires grad, so there is nothing for an optimizer to train")
+        for name in self._parameters.keys() & ensemble.layout.once:
+            raise AdaptError(f"{name!r} is frozen and one for all members, so no member can train it. Freeze it again.")
+        if any(own.get("differentiable") for own in self._settings):
+            raise AdaptError("differentiable=True is not for stacked members; use torch.func with a functional optimizer")
         self._groups: list[dict[str, Any]] = []
-        self._inner: list[Optimizer] = []
         element_wise = (kind.func if isinstance(kind, partial) else kind) in ELEMENT_WISE
-        self._blocks: list[MemberVectors | MemberViews] = self._vectors(self._alike()) if element_wise else self._views()
+        self._blocks = self._vectors() if element_wise else self._views()
         inner = [kind(self._leaves(index), **own) for index, own in enumerate(self._settings)]
         if any(len(one.param_groups) != 1 for one in inner):
             raise AdaptError("per_member needs an optimizer of one parameter group, and this one makes several for a member")
@@ -91,25 +95,15 @@ class PerMember(Optimizer):
         super().__init__([{"params": group["params"]} for group in groups], inner[0].defaults)
         self._share(self.state, groups)
 
-    def _check(self) -> None:
-        if not self._parameters:
-            raise AdaptError("no parameter of the ensemble requires grad, so there is nothing for an optimizer to train")
-        for name in self._parameters:
-            if name in self.ensemble.layout.once:
-                raise AdaptError(f"{name!r} is frozen and one for all members, so no member can train it. Freeze it again.")
-        if any(own.get("differentiable") for own in self._settings):
-            raise AdaptError("differentiable=True is not for stacked members; use torch.func with a functional optimizer")
-
     # --- layout
 
-    def _alike(self) -> list[list[str]]:
-        """The names of the parameters, grouped by dtype and device."""
-        found: dict[Any, list[str]] = {}
-        for name, parameter in self._parameters.items():
-            found.setdefault((parameter.dtype, parameter.device), []).append(name)
-        return list(found.values())
-
-    def _vectors(self, blocks: Iterable[Iterable[str]]) -> list[MemberVectors | MemberViews]:
+    def _vectors(self, blocks: Iterable[Iterable[str]] | None = None) -> list[MemberVectors | MemberViews]:
+        """Blocks of the parameters of these names; by default one block for each dtype and device."""
+        if blocks is None:
+            alike: dict[Any, list[str]] = {}
+            for name, parameter in self._parameters.items():
+                alike.setdefault((parameter.dtype, parameter.device), []).append(name)
+            blocks = alike.values()
         return [MemberVectors({name: self._parameters[name] for name in names}) for names in blocks]
 
     def _views(self) -> list[MemberVectors | MemberViews]:
@@ -146,7 +140,10 @@ class PerMember(Optimizer):
         for group in self._groups:
             for leaf in group["params"]:
                 self.state.pop(leaf, None)
-        self._blocks = made
+        self._set_blocks(made)
+
+    def _set_blocks(self, blocks: list[MemberVectors | MemberViews]) -> None:
+        self._blocks = blocks
         for index, group in enumerate(self._groups):
             group["params"] = self._leaves(index)
 
@@ -187,21 +184,19 @@ class PerMember(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        if self._repeats:
-            return self._one_by_one(closure)
         loss = None
-        if closure is not None:
+        if self._repeats:
+            if closure is None:
+                raise TypeError(f"{type(self._inner[0]).__name__} needs step(closure), which returns the members' losses")
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._run(lambda: [inner.step() for inner in self._inner])
-        return loss
-
-    @torch.no_grad()
-    def _run(self, steps: Callable[[], Any]) -> Any:
-        self._load()
-        made = steps()
-        self._store()
-        return made
+        with torch.no_grad():
+            self._load()
+            arguments = [(partial(self._loss_of, i, closure),) if self._repeats else () for i in range(len(self._inner))]
+            losses = [inner.step(*given) for inner, given in zip(self._inner, arguments, strict=True)]
+            self._store()
+        return torch.stack([torch.as_tensor(one) for one in losses]) if self._repeats else loss
 
     @torch.no_grad()
     def _load(self) -> None:
@@ -214,26 +209,17 @@ class PerMember(Optimizer):
         for block in self._blocks:
             block.store()
 
-    def _one_by_one(self, closure: Callable[[], Any] | None) -> Tensor:
-        if closure is None:
-            raise TypeError(f"{type(self._inner[0]).__name__} needs step(closure), which returns the members' losses")
-
-        def of(index: int) -> Callable[[], Any]:
-            def evaluate() -> Any:
-                self._store()
-                losses = torch.as_tensor(closure())
-                if losses.shape != (len(self.ensemble),):
-                    raise AdaptError(
-                        f"{type(self._inner[0]).__name__} needs each member's own loss: let the closure return the "
-                        f"{len(self.ensemble)} losses, not a tensor of shape {tuple(losses.shape)}"
-                    )
-                self._load()
-                return losses[index].detach()
-
-            return evaluate
-
-        made = self._run(lambda: [inner.step(of(index)) for index, inner in enumerate(self._inner)])
-        return torch.stack([torch.as_tensor(loss) for loss in made])
+    def _loss_of(self, index: int, closure: Any) -> Any:
+        """Evaluate the closure at the leaves' present values, and return one member's loss."""
+        self._store()
+        losses = torch.as_tensor(closure())
+        if losses.shape != (len(self.ensemble),):
+            raise AdaptError(
+                f"{type(self._inner[0]).__name__} needs each member's own loss: let the closure return the "
+                f"{len(self.ensemble)} losses, not a tensor of shape {tuple(losses.shape)}"
+            )
+        self._load()
+        return losses[index].detach()
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -271,10 +257,8 @@ class PerMember(Optimizer):
         if blocks != self._names():
             if isinstance(self._blocks[0], MemberViews):
                 raise StateError("this is the state of an optimizer of another class, which saw members in another way")
-            self._blocks = self._vectors(blocks)
             self.state.clear()
-            for index, group in enumerate(self._groups):
-                group["params"] = self._leaves(index)
+            self._set_blocks(self._vectors(blocks))
         super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
