@@ -52,16 +52,16 @@ def _alike(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int]]]:
 
 
 def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
-    """Tensors of one shape as one, `(K, ...)`: without a copy if they lie at equal distances in one memory.
+    """Tensors of one shape as one stack, `(K, ...)`; without a copy if they are at equal distances in one memory.
 
     Args:
-        tensors: of one shape.
-        lasting: let a stack without a copy be of use after the tensors were written to, as an optimizer does. Autograd then
-            cannot notice a write between a forward and its backward.
+        tensors: the tensors.
+        lasting: keep a stack without a copy usable after the tensors were written to, as by an optimizer. Autograd then
+            does not detect writes between forward and backward.
     """
-    whole = None if lasting else _rows_of_stack(tensors)
-    if whole is not None:
-        return whole
+    parts = None if lasting else _parts_of_stack(tensors)
+    if parts is not None:
+        return parts
     if len(tensors) == 1 and not lasting:
         return tensors[0].unsqueeze(0)
     if any(map(is_transformed, tensors)):
@@ -70,24 +70,24 @@ def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
     return made
 
 
-def _rows_of_stack(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The parameter that the tensors are rows of, or these rows of it; None if they are no rows of one."""
+def _parts_of_stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The stacked parameter that the tensors are views of, or a selection of it; None if they are no such views."""
     whole = tensors[0]._base
     if whole is None or not isinstance(whole, nn.Parameter) or any(tensor._base is not whole for tensor in tensors):
         return None
     shape, strides = tensors[0].shape, tensors[0].stride()
-    for rows in (whole, whole.mT) if whole.ndim > 2 else (whole,):
-        places = [divmod(int(tensor.storage_offset() - rows.storage_offset()), rows.stride(0)) for tensor in tensors]
-        if rows.shape[1:] == shape and rows.stride()[1:] == strides and not any(rest for _, rest in places):
-            index = [place for place, _ in places]
-            if index == list(range(len(rows))):
-                return rows
-            return rows.index_select(0, torch.tensor(index, device=rows.device))
+    for stack in (whole, whole.mT) if whole.ndim > 2 else (whole,):
+        offsets = [divmod(int(tensor.storage_offset() - stack.storage_offset()), stack.stride(0)) for tensor in tensors]
+        if stack.shape[1:] == shape and stack.stride()[1:] == strides and not any(remainder for _, remainder in offsets):
+            index = [place for place, _ in offsets]
+            if index == list(range(len(stack))):
+                return stack
+            return stack.index_select(0, torch.tensor(index, device=stack.device))
     return None
 
 
 def lies_stacked(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape lie at equal distances in one memory."""
+    """Whether tensors of one shape are at equal distances in one memory."""
     first, second = tensors[0], tensors[1] if len(tensors) > 1 else tensors[0]
     step = second.data_ptr() - first.data_ptr()
     storage, strides = first.untyped_storage().data_ptr(), first.stride()
@@ -101,7 +101,7 @@ def lies_stacked(tensors: Sequence[Tensor]) -> bool:
 
 
 class _Stack(torch.autograd.Function):
-    """`torch.stack`; of tensors that already are a stack a view, and gradients that are laid out as they are."""
+    """`torch.stack`, but a view of tensors that are a stack in memory, and with contiguous gradients."""
 
     @staticmethod
     def forward(ctx: object, lasting: bool, *tensors: Tensor) -> Tensor:
@@ -113,5 +113,5 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Rows laid out as the parameters are become their gradients as they are; others would be copied one by one.
+        # Autograd copies gradients that are not laid out as the parameters.
         return None, *grad.contiguous().unbind(0)

@@ -20,12 +20,14 @@ class MemberVectors:
 
     Attributes:
         parameters: the stacked parameters by name.
+        names: their names.
         leaves: each member's vector, `(P,)`.
         spans: name -> the indices of a parameter's numbers in the vectors.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
+        self.names = list(parameters)
         first = next(iter(self.parameters.values()))
         start = 0
         self.spans: dict[str, slice] = {}
@@ -39,11 +41,6 @@ class MemberVectors:
 
     def _views(self, matrix: Tensor) -> dict[str, Tensor]:
         return {name: matrix[:, self.spans[name]].view(p.shape) for name, p in self.parameters.items()}
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names."""
-        return list(self.parameters)
 
     def without_gradient(self) -> list[str]:
         """The names of the parameters without a gradient."""
@@ -85,22 +82,18 @@ class MemberViews:
         shapes: the shape of each member's tensor, None for a member without it.
 
     Attributes:
+        names: the parameter's name.
         leaves: the members' tensors.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, shapes: Sequence[torch.Size | None]) -> None:
-        self.name, self.parameter = name, parameter
+        self.names, self.parameter = [name], parameter
         self._shapes = shapes
         self._linked: Tensor | None = None
         self._is_linked = True
         self.leaves: list[nn.Parameter | None] = [
             None if view is None else nn.Parameter(view.contiguous()) for view in self._views(parameter.detach())
         ]
-
-    @property
-    def names(self) -> list[str]:
-        """The parameter's name."""
-        return [self.name]
 
     def _views(self, stacked: Tensor) -> list[Tensor | None]:
         return [None if shape is None else cut_to(stacked[index], shape) for index, shape in enumerate(self._shapes)]

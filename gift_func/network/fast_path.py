@@ -78,11 +78,9 @@ def _fused(tree: ModuleTree, slots: Collection[str]) -> tuple[str, ...]:
 def _guards(tree: ModuleTree, slots: Collection[str]) -> tuple[str, ...]:
     found: list[str] = []
     for path, module in tree.modules.items():
-        if not isinstance(module, nn.TransformerEncoder):
-            continue
-        if not any(f"{name}.".startswith(join(path, "layers.")) for name in slots):
-            continue
-        first = join(path, "layers.0.")
-        if not any(name.startswith(first) for name in slots):
-            found.extend(name for name in tree.places if name.startswith(first))
+        if isinstance(module, nn.TransformerEncoder):
+            inside = [name for name in slots if name.startswith(join(path, "layers."))]
+            first = join(path, "layers.0.")
+            if inside and not any(name.startswith(first) for name in inside):
+                found.extend(name for name in tree.places if name.startswith(first))
     return tuple(found)

@@ -162,9 +162,7 @@ class Runner:
         self, tensors: NamedTensors, buffers: NamedTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The forward on any tensors and buffers; nothing of the model is written to."""
-        if torch.compiler.is_compiling():
-            return self._traced(tensors, buffers, args, kwargs)
-        return self.pool.run("__call__", args, kwargs, self._bindings(tensors), buffers, private_buffers=True)
+        return self.stateful_call(tensors, buffers, args, kwargs)[0]
 
     def stateful_call(
         self,
@@ -186,9 +184,9 @@ class Runner:
         if torch.compiler.is_compiling():
             return self._traced(tensors, buffers, args, kwargs), dict(buffers), False
         with self.pool.checkout(self._bindings(tensors), buffers, private_buffers) as (copy, call):
-            made = copy.tree.module(*args, **kwargs)
+            output = call.returns(copy.tree.module(*args, **kwargs))
             after = {name: copy.tree.module.get_buffer(name) for name in buffers}
-            return made, after, call.checkpointed
+            return output, after, call.checkpointed
 
     @contextmanager
     def calling(self) -> Iterator[Call]:
