@@ -41,7 +41,10 @@ class AdaptedModel(AdapterModule):
         self.copy_pool = adapter.copy_pool() if pool is None else pool
         self._runner = Runner(self.copy_pool, adapter.parameters)
         self.training = self.copy_pool.mode
-        tensors = {name: _parameter(tensor) for name, tensor in adapter.tensors.items()}
+        tensors = {
+            name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), tensor.requires_grad)
+            for name, tensor in adapter.tensors.items()
+        }
         self.adapter = AdapterDict(tensors, self.copy_pool.buffers)
         self._runner.bind_between_calls(self.adapter.current())
 
@@ -216,9 +219,3 @@ def parameters_of(
                     tensor = tensor.detach().to(device, old.dtype, copy=not owned)
                 made[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     return made
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import is_
@@ -145,21 +145,20 @@ class Adapter:
         parameters = self.parameters if base is None else self.parameters.on(base)
         return Adapter(parameters, self.strategy, tensors, dict(self.buffers), self.tree)
 
-    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Adapter:
-        """The adapter with a function applied to its tensors, buffers and modules (a move, a cast).
+    def copy(self, trained: Container[str] | None = None) -> Adapter:
+        """The same adapter with copies of its tensors, buffers and modules.
 
         Args:
-            function: returns the new tensor.
-            base: the base with the function applied.
+            trained: the names of the tensors whose copies require grad; None for those that do here.
         """
         with lasting_outside():
             tensors = {
-                name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
+                name: nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad if trained is None else name in trained)
                 for name, tensor in self.tensors.items()
             }
-            buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
-            tree = None if self.tree is None else self.tree.copy(function)
-        return Adapter(self.parameters.on(base), self.strategy, tensors, buffers, tree)
+            buffers = {name: clone(buffer) for name, buffer in self.buffers.items()}
+            tree = None if self.tree is None else self.tree.copy(clone)
+        return Adapter(self.parameters, self.strategy, tensors, buffers, tree)
 
     def weights(self, modes: Modes) -> dict[str, Weight]:
         """The structured weights by parameter name. They are cached if no method computes a tensor for them.

@@ -40,22 +40,13 @@ class NameSpace(Node):
     """A node whose tensors and children go by names with dots in them."""
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, [], error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, [], errors)
         if strict:
             known = {prefix + name for name in (*self._parameters, *self._buffers)}
             children = tuple(f"{prefix}{name}." for name in self._modules)
-            unexpected_keys.extend(
-                k for k in state_dict if k.startswith(prefix) and k not in known and not k.startswith(children)
-            )
+            unexpected.extend(k for k in state_dict if k.startswith(prefix) and k not in known and not k.startswith(children))
 
 
 class AdapterDict(nn.ParameterDict):

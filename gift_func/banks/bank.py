@@ -203,7 +203,15 @@ class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
             AdaptError: if there are not as many names as samples, or the samples cannot be told apart at a weight.
         """
         if torch.compiler.is_compiling():
-            return self._prepared(adapters)(torch.as_tensor(adapters), args, kwargs)
+            if self._compiled is None:
+                raise AdaptError(
+                    "a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function"
+                )
+            if not isinstance(adapters, Tensor):
+                raise AdaptError(
+                    "under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone"
+                )
+            return self._compiled(adapters, args, kwargs)
         return self._runner.run(self._batch(adapters), args, kwargs)
 
     def generate(self, *args: Any, adapters: Names | Tensor, **kwargs: Any) -> Any:
@@ -317,7 +325,7 @@ class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        adapters = {name: adapter.apply(clone, adapter.base) for name, adapter in self._adapters.items()}
+        adapters = {name: adapter.copy() for name, adapter in self._adapters.items()}  # not views of the stacks of all
         return type(self)._unpickled, (adapters, self.frozen_base, self._runner.modes)
 
     @classmethod
@@ -331,25 +339,15 @@ class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
         return found
 
     def _batch(self, adapters: Names | Tensor) -> Batch:
-        if isinstance(adapters, Tensor):
-            return batch_by_address(self._by_index(adapters))
         if isinstance(adapters, str):
             raise TypeError(f"adapters is a sequence with one name for each sample, got the text {adapters!r}")
-        return batch_by_address([None if name is None else self._adapter(name) for name in adapters])
-
-    def _prepared(self, adapters: Names | Tensor) -> CompiledBank:
-        if self._compiled is None:
-            raise AdaptError("a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function")
         if not isinstance(adapters, Tensor):
-            raise AdaptError("under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone")
-        return self._compiled
-
-    def _by_index(self, index: Tensor) -> list[Adapter | None]:
-        adapters, numbers = list(self._adapters.values()), numbers_of(index, "adapters")
-        for number in numbers:
-            if not -1 <= number < len(adapters):
-                raise AdaptError(f"there is no adapter {number} in a bank of {len(adapters)}; -1 is the base alone")
-        return [None if number < 0 else adapters[number] for number in numbers]
+            return batch_by_address([None if name is None else self._adapter(name) for name in adapters])
+        known, indices = list(self._adapters.values()), numbers_of(adapters, "adapters")
+        for index in indices:
+            if not -1 <= index < len(known):
+                raise AdaptError(f"there is no adapter {index} in a bank of {len(known)}; -1 is the base alone")
+        return batch_by_address([None if index < 0 else known[index] for index in indices])
 
 
 def _methods(adapter: Adapter) -> str:

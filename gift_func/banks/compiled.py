@@ -96,8 +96,8 @@ class CompiledBank:
             return [leaf for leaf in flat if isinstance(leaf, Tensor)]
 
         found = torch.vmap(one, randomness="different")(shares, extras, [leaves[place] for place in mapped])
-        rest, (others, out_spec) = iter(found), form[0]
-        return tree_unflatten([_batch(next(rest)) if leaf is None else leaf for leaf in others], out_spec)
+        tensors, (others, out_spec) = iter(found), form[0]
+        return tree_unflatten([_batch(next(tensors)) if leaf is None else leaf for leaf in others], out_spec)
 
     def _stack(self, name: str) -> Tensor:
         if name in self._stacks:

@@ -44,9 +44,9 @@ class MembersOutput:
     after: dict[str, Tensor]
 
     def output(self) -> Any:
-        """The output with its tensors in place."""
-        rest = iter(self.tensors)
-        return tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in self.others], self.spec)
+        """The output as the network returns it."""
+        tensors = iter(self.tensors)
+        return tree_unflatten([next(tensors) if leaf is _TENSOR else leaf for leaf in self.others], self.spec)
 
 
 def batched(
@@ -127,12 +127,12 @@ def _together(
     randomness: str,
     around: Callable[[], AbstractContextManager[object]],
 ) -> MembersOutput:
-    tensors = [leaf for leaf in leaves if mapped and isinstance(leaf, Tensor)]
+    mapped_leaves = [leaf for leaf in leaves if mapped and isinstance(leaf, Tensor)]
     seen: list[tuple[list[Any], TreeSpec]] = []
 
     def one(shares: Any, given: Any) -> Any:
-        rest = iter(given)
-        own = [next(rest) if mapped and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        tensors = iter(given)
+        own = [next(tensors) if mapped and isinstance(leaf, Tensor) else leaf for leaf in leaves]
         with around():
             output, after, checkpointed = member(*shares, own)
         if checkpointed and torch.is_grad_enabled():
@@ -141,7 +141,7 @@ def _together(
         seen.append((others, spec))
         return flat, after
 
-    found, after = torch.vmap(one, in_dims=(0, 0), out_dims=0, randomness=randomness)(list(stacks), tensors)
+    found, after = torch.vmap(one, in_dims=(0, 0), out_dims=0, randomness=randomness)(list(stacks), mapped_leaves)
     return MembersOutput(found, *seen[0], after)
 
 

@@ -74,7 +74,7 @@ class Runner:
                 self._bind(self.pool.tree)
 
     def bind_base(self) -> None:
-        """Leave the base's tensors bound between calls; every call brings its own adapter tensors."""
+        """Leave the base's tensors bound between calls; every call has its own adapter tensors."""
         with self.pool.lock:
             self._refresh()
             self._tensors, self._on_base = {}, True

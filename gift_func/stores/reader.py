@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..adapt import draw_adapter, fill_adapter
 from ..adapter import Adapter
@@ -15,7 +14,6 @@ from ..errors import AdaptError, FileError, StateError
 from ..files import contents
 from ..initialise import Shapes
 from ..network.frozen_base import FrozenBase
-from ..network.module_tree import clone
 from ..strategy import Strategy
 
 STRATEGIES = 64
@@ -44,13 +42,7 @@ class Read:
 
     def copy(self) -> Adapter:
         """A copy of the adapter, which may be written to and trained."""
-        tensors = {
-            name: nn.Parameter(clone(tensor), requires_grad=name in self.trained)
-            for name, tensor in self.adapter.tensors.items()
-        }
-        made = self.adapter.replace_tensors(tensors)
-        made.buffers = {name: clone(buffer) for name, buffer in made.buffers.items()}
-        return made
+        return self.adapter.copy(self.trained)
 
     def touch(self) -> None:
         """Read one element of each page, so that the system reads the whole file."""
