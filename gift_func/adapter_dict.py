@@ -196,7 +196,7 @@ class AdapterModule(nn.Module):
             statistics of a BatchNorm in training). As in `state_dict`, they are no copies.
         """
         base = self._base_buffers()
-        buffers = {n: b for n, b in self._saved_buffers().items() if n not in base or not _is_equal(b, base[n])}
+        buffers = {n: b for n, b in self._saved_buffers().items() if n not in base or not is_equal(b, base[n])}
         return {name: tensor.detach() for name, tensor in {**self._named_tensors(), **buffers}.items()}
 
     def load_adapter_state_dict(self, state: NamedTensors, strict: bool = True) -> IncompatibleKeys:
@@ -251,5 +251,6 @@ def check_state(state: NamedTensors, adapter: NamedTensors, buffers: NamedTensor
     return IncompatibleKeys(missing, unexpected)
 
 
-def _is_equal(a: Tensor, b: Tensor) -> bool:
+def is_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and values; their devices may differ."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b.to(a.device))))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._torch import lasting_outside
 from ..adapter import Adapter, adds_modules
+from ..adapter_dict import is_equal
 from ..banks.mixed_batch import MixedBatchRunner
 from ..banks.plan import batch_by_address
 from ..banks.samples import numbers_of
@@ -43,7 +44,8 @@ class MixedMembers(MixedBatchRunner):
         for index, member in enumerate(layout.members):
             with lasting_outside(), torch.enable_grad():
                 views = layout.member_tensors(index, tensors)
-            differing = {name: buffer[index] for name, buffer in buffers.items() if not _is(buffer[index], known.get(name))}
+            own = {name: buffer[index] for name, buffer in buffers.items()}
+            differing = {n: b for n, b in own.items() if n not in known or not is_equal(b, known[n])}
             tree = ModuleTree(pool.tree.detached()).copy(clone) if has_modules else None
             self._adapters.append(Adapter(member.parameters, member.strategy, views, differing, tree))
 
@@ -78,7 +80,3 @@ def _state_of(pool: CopyPool, tensors: NamedTensors, buffers: NamedTensors) -> t
     of_tensors = [(name, id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()]
     of_buffers = [(name, id(buffer), buffer._version) for name, buffer in buffers.items()]
     return pool.current_modes(), of_tensors, of_buffers
-
-
-def _is(buffer: Tensor, known: Tensor | None) -> bool:
-    return known is not None and known.shape == buffer.shape and torch.equal(buffer, known)

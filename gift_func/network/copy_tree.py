@@ -93,8 +93,14 @@ def copy_tree(
             if buffer is not None and id(buffer) not in memo:
                 memo.put(buffer, buffer_of(buffer))
     kinds = {type(module) for module in modules.values()}
-    plain = {kind for kind in kinds if _has_default_copy(kind)}
-    ordinary = {name: module for name, module in modules.items() if type(module) in plain or _is_parametrized(module)}
+    # If a class leaves copying to Python, copying `__dict__` is enough; parametrize adds a `__deepcopy__` to such a class.
+    default = {kind for kind in kinds if kind.__reduce_ex__ is object.__reduce_ex__}
+    plain = {kind for kind in default if getattr(kind, "__deepcopy__", None) is None}
+    ordinary = {
+        name: module
+        for name, module in modules.items()
+        if type(module) in plain or (type(module) in default and nn.utils.parametrize.is_parametrized(module))
+    }
     for module in ordinary.values():
         memo.put(module, object.__new__(type(module)))
     for name, module in ordinary.items():
@@ -139,16 +145,6 @@ def _copied_dict(value: dict[str, Any], memo: _Memo) -> dict[str, Any]:
             item = _deep(item, memo) if known is None else known
         made[key] = item
     return made
-
-
-def _has_default_copy(kind: type[nn.Module]) -> bool:
-    """Whether a class leaves copying to Python, so that copying `__dict__` is enough."""
-    return kind.__reduce_ex__ is object.__reduce_ex__ and getattr(kind, "__deepcopy__", None) is None
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    """Whether only `torch.nn.utils.parametrize` changed how the class is copied."""
-    return type(module).__reduce_ex__ is object.__reduce_ex__ and nn.utils.parametrize.is_parametrized(module)
 
 
 class _Memo(dict[int, Any]):
