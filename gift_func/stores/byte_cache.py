@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Item = TypeVar("Item")
+CachedValue = TypeVar("CachedValue")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StoreCounters:
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[Item]):
+class Loaded(Generic[CachedValue]):
     """A value that was read.
 
     Attributes:
@@ -41,12 +41,12 @@ class Loaded(Generic[Item]):
         size: the size of the value in bytes.
     """
 
-    value: Item
+    value: CachedValue
     stamp: Hashable
     size: int
 
 
-class ByteBudgetCache(Generic[Item]):
+class ByteBudgetCache(Generic[CachedValue]):
     """Values by name; safe under threads.
 
     The lock is not held while a value is read or used. Threads that ask for a value that another thread reads wait for it.
@@ -57,12 +57,12 @@ class ByteBudgetCache(Generic[Item]):
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
-        self._values: OrderedDict[str, Loaded[Item]] = OrderedDict()
-        self._loading: dict[tuple[str, Hashable], Future[Item]] = {}
+        self._values: OrderedDict[str, Loaded[CachedValue]] = OrderedDict()
+        self._loading: dict[tuple[str, Hashable], Future[CachedValue]] = {}
         self._lock = threading.Lock()
         self._bytes = self._hits = self._misses = self._evictions = 0
 
-    def get(self, name: str, stamp: Hashable, load: Callable[[], Loaded[Item]]) -> Item:
+    def get(self, name: str, stamp: Hashable, load: Callable[[], Loaded[CachedValue]]) -> CachedValue:
         """The value of a name; it is read if it is not in the cache.
 
         Args:
@@ -84,7 +84,7 @@ class ByteBudgetCache(Generic[Item]):
                 self._discard(name)
                 awaited = self._loading.get(key)
                 if awaited is None:
-                    mine: Future[Item] = Future()
+                    mine: Future[CachedValue] = Future()
                     self._loading[key] = mine
                     self._misses += 1
             if awaited is None:
@@ -95,7 +95,9 @@ class ByteBudgetCache(Generic[Item]):
                 return awaited.result()
             # The other thread's `load` failed, so this one calls it too.
 
-    def _load(self, key: tuple[str, Hashable], mine: Future[Item], load: Callable[[], Loaded[Item]]) -> Item:
+    def _load(
+        self, key: tuple[str, Hashable], mine: Future[CachedValue], load: Callable[[], Loaded[CachedValue]]
+    ) -> CachedValue:
         try:
             loaded = load()
         except BaseException as error:
@@ -109,14 +111,14 @@ class ByteBudgetCache(Generic[Item]):
         mine.set_result(loaded.value)
         return loaded.value
 
-    def _wanted(self, key: tuple[str, Hashable], mine: Future[Item]) -> bool:
+    def _wanted(self, key: tuple[str, Hashable], mine: Future[CachedValue]) -> bool:
         """End a reading; return whether the name was not dropped meanwhile."""
         if self._loading.get(key) is not mine:
             return False
         del self._loading[key]
         return True
 
-    def _keep(self, name: str, loaded: Loaded[Item]) -> None:
+    def _keep(self, name: str, loaded: Loaded[CachedValue]) -> None:
         self._discard(name)
         if self.budget is not None and loaded.size > self.budget:
             return  # all values, and this one, would have to be dropped

@@ -708,3 +708,24 @@ def test_a_layer_may_run_on_no_sample(method: gf.Method) -> None:
     for signs in ([1, -1, 1, 1, -1, 1], [-1] * 6):
         x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
         assert_close(bank(x, adapters=list("abccab")), one_by_one(bank, bank.base, list("abccab"), ((x,), {})))
+
+
+def test_a_move_that_moves_nothing_leaves_other_banks_stacks_in_place() -> None:
+    bank = gf.AdapterBank(trio())
+    bank = bank.remove("it")
+    other = bank.rename("fr", "french").prepare()
+    before = {name: tensor.data_ptr() for name, tensor in bank.named_trainable_parameters()}
+    bank.to("cpu")
+    assert {name: tensor.data_ptr() for name, tensor in bank.named_trainable_parameters()} == before
+    with torch.no_grad():
+        for tensor in bank.trainable_parameters():
+            tensor.add_(1.0)
+    assert other._compiled is not None
+    index, x = torch.tensor([0, -1, 1]), x_of(3)
+    assert_close(other._compiled(index, (x,), {}), bank(x, adapters=index))
+
+
+def test_the_base_of_a_bank_is_made_once() -> None:
+    bank = gf.AdapterBank(trio())
+    assert bank.base is bank.base
+    assert_close(bank.base(x_of(3)), bank(x_of(3), adapters=[None] * 3))
