@@ -1,4 +1,4 @@
-"""`adapt`: a model and a strategy in, an adapted model out, the model as it was."""
+"""`adapt`: makes an adapted model from a model and a strategy, and does not change the model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .adapted_model import AdaptedModel, filled
+from .adapted_model import AdaptedModel, parameters_of
 from .adapter import AdaptedParameter, AdaptedParameters, Adapter
+from .adapter_dict import check_state
 from .gift_protocol import Rules, caps_of, is_protocol, operate
 from .initialise import Initial, Shapes, parts_of
 from .methods import Full, Method
 from .network.base_view import BaseView, frozen_base_of
-from .network.copy_pool import CopyPool
 from .network.frozen_base import FrozenBase
-from .network.module_tree import ModuleTree, clone
+from .network.module_tree import ModuleTree, NamedTensors, clone, persistent_buffers
 from .seeding import seeded
 from .strategy import ModulePlacement, Strategy
 
@@ -27,23 +27,21 @@ def adapt(
     *,
     generator: torch.Generator | None = None,
 ) -> AdaptedModel:
-    """Adapt a model without touching it.
+    """Adapt a model without changing it.
 
     Args:
         model: any module; it is read and never written to, and its tensors are shared, not copied. An `AdaptedModel` is
-            adapted on top: its own adapter is frozen as it is now. A `FrozenBase`, or another adapted model's `base`, spares
-            copying and looking through the model again.
-        strategy: a method (which takes its usual sites), a dict from glob patterns to methods (first match wins), a
+            adapted on top: its own adapter is frozen as it is now. With a `FrozenBase`, or another adapted model's `base`,
+            the model is not copied again.
+        strategy: a method (for its default sites), a dict from glob patterns to methods (first match wins), a
             `Strategy`, or GIFt's protocol, an iterable of (check, action[, paras]).
-        generator: what initial values are drawn from, those of modules that actions make too; without one they come from
-            torch's global generator.
+        generator: the generator of all initial values, also in modules that actions make; None for torch's global one.
 
     Returns:
         The adapted model: an ordinary `nn.Module` whose parameters are exactly the adapter's.
 
     Raises:
-        AdaptError: if a rule matches nothing, a method cannot adapt what it is pointed at, or the model cannot be copied;
-            nothing was changed then.
+        AdaptError: if a rule matches nothing, a method cannot adapt a site that it is given, or the model cannot be copied.
         TypeError: if the strategy is none.
 
     Example:
@@ -57,51 +55,62 @@ def adapt(
 
 
 def new_adapter(model: nn.Module | FrozenBase | BaseView, strategy: Any, generator: torch.Generator | None = None) -> Adapter:
-    """The adapter of the model that `adapt` makes; the network is not copied unless the strategy changes its modules."""
+    """The adapter of the model that `adapt` makes. The network is copied only if the strategy changes its modules."""
     plain = model if isinstance(model, nn.Module) and not isinstance(model, AdaptedModel) else None
     return draw_adapter(base_of(model), strategy, Initial(generator), plain)
 
 
 def readapt(
-    model: nn.Module | FrozenBase | BaseView, strategy: Any, state: Mapping[str, Tensor], *, owned: bool = False
+    model: nn.Module | FrozenBase | BaseView, strategy: Any, state: NamedTensors, *, owned: bool = False
 ) -> AdaptedModel:
-    """Adapt a model with tensors that are already there; nothing is drawn.
+    """Adapt a model with given tensors; nothing is drawn.
 
     Args:
-        model: as of `adapt`.
-        strategy: as of `adapt`.
-        state: the tensors, and buffers, under global names.
-        owned: the tensors are nobody else's, and need not be copied.
+        model: as for `adapt`.
+        strategy: as for `adapt`.
+        state: the tensors and buffers under global names.
+        owned: no one else uses the tensors, so they need not be copied.
 
     Raises:
-        StateError: if the tensors are not those that the strategy asks for.
+        StateError: if the strategy needs other tensors.
     """
     base = base_of(model)
-    known = base.plans.get(strategy) if isinstance(strategy, Strategy) else None
-    if known is None:
-        like = draw_adapter(base, strategy, Shapes())
-        rules = like.strategy
-        if rules is not None and rules.is_data and like.tree is None:
-            # Files of one base mostly have one strategy. The base itself is no part, lest it keeps itself alive.
-            base.plans = {rules: (tuple(like.parameters), like.tensors)}
-    else:
-        parameters, tensors_like = known
-        like = Adapter(AdaptedParameters(base, parameters), strategy, tensors_like)
-    held = (like.tree or base.tree).held()
-    tensors, buffers = filled(like.parameters, held, like.tensors, state, owned)
-    if like.tree is not None:
-        like.tree.hold(buffers)
-    return AdaptedModel(like.replace_tensors(tensors), CopyPool(base, like.tree, buffers))
+    plan = base.plans.get(strategy) if isinstance(strategy, Strategy) else None
+    if plan is not None:
+        return AdaptedModel(fill_adapter(Adapter(AdaptedParameters(base, plan[0]), strategy, plan[1]), state, owned=owned))
+    like = draw_adapter(base, strategy, Shapes())
+    if like.strategy is not None and like.strategy.is_data and like.tree is None:
+        # Files of one base mostly have one strategy. The base is left out, since it would keep itself alive.
+        base.plans = {like.strategy: (tuple(like.parameters), like.tensors)}
+    return AdaptedModel(fill_adapter(like, state, owned=owned))
+
+
+def fill_adapter(like: Adapter, state: NamedTensors, *, owned: bool = False) -> Adapter:
+    """An adapter like another, with the tensors and buffers of a state.
+
+    Args:
+        like: the other adapter; its tensors need no values.
+        state: the tensors and buffers under global names; buffers that are not in it are the base's.
+        owned: no one else uses the state's tensors, so they need not be copied.
+
+    Raises:
+        StateError: if a name is missing or unknown, or a shape differs.
+    """
+    buffers = persistent_buffers((like.tree or like.base.tree).buffer_dicts())
+    check_state(state, like.tensors, buffers, strict=True)
+    filled = like.replace_tensors(parameters_of(state, like.parameters, like.tensors, owned=owned))
+    filled.buffers = {name: clone(tensor.to(buffers[name])) for name, tensor in state.items() if name not in like.tensors}
+    return filled
 
 
 def draw_adapter(base: FrozenBase, strategy: Any, initial: Initial, model: nn.Module | None = None) -> Adapter:
-    """The adapter that a strategy makes of a base.
+    """The adapter of a base and a strategy.
 
     Args:
         base: the frozen base.
-        strategy: as of `adapt`.
-        initial: where its initial tensors come from.
-        model: the user's model, whose own modules selectors are shown; None for the base's.
+        strategy: as for `adapt`.
+        initial: makes the initial tensors.
+        model: the user's model, whose modules selectors are called with; None for the base's.
     """
     tree: ModuleTree | None
     if is_protocol(strategy):
@@ -118,7 +127,7 @@ def draw_adapter(base: FrozenBase, strategy: Any, initial: Initial, model: nn.Mo
 
 
 def base_of(model: nn.Module | FrozenBase | BaseView) -> FrozenBase:
-    """The frozen base that a model makes; of an adapted model, one that holds its adapter as it is now."""
+    """The frozen base of a model; of an adapted model, one with its adapter as it is now."""
     if isinstance(model, FrozenBase):
         return model
     if isinstance(model, BaseView):
@@ -133,7 +142,7 @@ def base_of(model: nn.Module | FrozenBase | BaseView) -> FrozenBase:
 def _with_modules(
     base: FrozenBase, added: Sequence[ModulePlacement], generator: torch.Generator | None
 ) -> tuple[ModuleTree | None, dict[str, nn.Parameter]]:
-    """A copy of the network with modules added to it, and their parameters by name; none where nothing is to be added."""
+    """A copy of the network with modules added to it, and their parameters by name; None if there is nothing to add."""
     if not added:
         return None, {}
     tree = base.tree.copy(clone)

@@ -1,55 +1,38 @@
-"""The adapted model: a frozen base and an adapter, and the network they make together."""
+"""The adapted model: the module that runs a frozen base with an adapter."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import AdaptedParameters, Adapter, brings_modules
-from .adapter_dict import AdapterDict
-from .errors import AdaptError, StateError, nearest
-from .methods import Method
+from .adapter import AdaptedParameters, Adapter, adds_modules
+from .adapter_dict import AdapterDict, AdapterModule, check_state
+from .errors import AdaptError
 from .methods.module_method import AddedModule
-from .network.base_view import BaseView
 from .network.copy_pool import CopyPool
 from .network.frozen_base import FrozenBase, as_tensor
-from .network.module_tree import Buffers, ModuleTree, clone, copied, named, persistent
+from .network.module_tree import ModuleBuffers, ModuleTree, NamedTensors, clone, copy_buffers, persistent_buffers
 from .network.runner import Runner
 from .printing import summary, tree
-from .strategy import Strategy
 from .weights import Slot, Weight
 
-Tensors = Mapping[str, Tensor]
 
-
-class IncompatibleKeys(NamedTuple):
-    """Names that a non-strict load left out: the adapter's that the state lacks, and the state's that it lacks."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class AdaptedModel(nn.Module):
+class AdaptedModel(AdapterModule):
     """A frozen base and an adapter: an ordinary module whose parameters are exactly the adapter's.
 
-    `adapt` makes it. Its forward is the base's, with the name of every adapted parameter bound to a structured weight.
-    Attributes and methods of the model are reached through it (`adapted.config`, `adapted.generate(...)`); they are
-    those of a private copy of the model's structure, with the adapter bound. What is made only to run, that copy among
-    it, is made when the model is first used; what becomes of the user's model before that makes no difference.
+    `adapt` makes it. Its forward is the base's, with a structured weight bound in the place of every adapted parameter.
+    Other attributes and methods (`adapted.config`, `adapted.generate(...)`) are those of a private copy of the model, with
+    the adapter bound. That copy is made at the first use; what is done to the user's model before that has no effect.
 
     Attributes:
-        adapter: the adapter's tensors under dotted global names, an `nn.ParameterDict`.
         adapted_parameters: the adapted parameters, with their methods and the names of their tensors.
         strategy: the strategy, or None where actions of GIFt's protocol replaced modules.
-        copy_pool: the private copies of the network that calls run on.
     """
-
-    adapter: AdapterDict
 
     def __init__(self, adapter: Adapter, pool: CopyPool | None = None) -> None:
         super().__init__()
@@ -57,9 +40,11 @@ class AdaptedModel(nn.Module):
         self.adapted_parameters = adapter.parameters
         self.copy_pool = adapter.copy_pool() if pool is None else pool
         self._runner = Runner(self.copy_pool, adapter.parameters)
-        self._view: BaseView | None = None
         self.training = self.copy_pool.mode
-        tensors = {name: _parameter(tensor) for name, tensor in adapter.tensors.items()}
+        tensors = {
+            name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), tensor.requires_grad)
+            for name, tensor in adapter.tensors.items()
+        }
         self.adapter = AdapterDict(tensors, self.copy_pool.buffers)
         self._runner.bind_between_calls(self.adapter.current())
 
@@ -67,7 +52,9 @@ class AdaptedModel(nn.Module):
         """The adapted network's forward, in the base model's own signature."""
         return self._runner.forward(self.adapter.current(), args, kwargs)
 
-    def functional_call(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def functional_call(
+        self, tensors: NamedTensors, buffers: NamedTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """`forward` on any tensors and buffers, under global names; nothing is written to. See `gf.functional_call`."""
         return self._runner.functional_call(tensors, buffers, args, kwargs)
 
@@ -84,46 +71,31 @@ class AdaptedModel(nn.Module):
         try:
             found = getattr(module, name)
         except AttributeError as error:
-            own = getattr(type(module), name, None)
-            if isinstance(own, property) and own.fget is not None:
-                return own.fget(module)  # which raises an error of its own, hidden by nn.Module
+            of_class = getattr(type(module), name, None)
+            if isinstance(of_class, property) and of_class.fget is not None:
+                return of_class.fget(module)  # raises the property's own error, which nn.Module hides
             raise AttributeError(f"neither AdaptedModel nor the adapted {type(module).__name__} has {name!r}") from error
-        if isinstance(found, MethodType) and found.__self__ is module and not torch.compiler.is_compiling():
-            return self._reached(found)
-        return found
+        if not isinstance(found, MethodType) or found.__self__ is not module or torch.compiler.is_compiling():
+            return found
 
-    def _reached(self, method: MethodType) -> Callable[..., Any]:
-        @functools.wraps(method)
+        @functools.wraps(found)
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._runner.calling():
-                return method(*args, **kwargs)
+                return found(*args, **kwargs)
 
         return call
 
     # --- adapters
-
-    @property
-    def frozen_base(self) -> FrozenBase:
-        """The frozen base, as `adapt` takes it for further adapters."""
-        return self.copy_pool.base
-
-    @property
-    def base(self) -> BaseView:
-        """The frozen base, unadapted: `adapted.base(x)`."""
-        if self._view is None:
-            self._view = BaseView(self.frozen_base, self.copy_pool)
-        return self._view
 
     def to_adapter(self) -> Adapter:
         """The adapter as a value; its tensors are this model's own."""
         state = self.adapter_state_dict()
         buffers = {name: clone(tensor) for name, tensor in state.items() if name not in self.adapter}
         pool = self.copy_pool
-        own = pool.is_made and brings_modules(pool.tree, pool.base.tree)
-        modules = pool.tree.copy(clone) if own else None
+        modules = pool.tree.copy(clone) if pool.is_made and adds_modules(pool.tree, pool.base.tree) else None
         return Adapter(self.adapted_parameters, self.strategy, dict(self.adapter.items()), buffers, modules)
 
-    def structured_weights(self, tensors: Tensors | None = None) -> dict[str, Weight]:
+    def structured_weights(self, tensors: NamedTensors | None = None) -> dict[str, Weight]:
         """The adapted parameters' structured weights, by dotted name.
 
         Args:
@@ -140,85 +112,42 @@ class AdaptedModel(nn.Module):
         trainable = self.frozen_base.trainable | set(self.adapted_parameters.names)
         return FrozenBase(modules, frozenset(modules.places) & trainable)
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters that require grad: what an optimizer gets."""
-        return (parameter for _, parameter in self.named_trainable_parameters())
-
-    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapter's parameters that require grad, under their global names."""
-        return ((name, parameter) for name, parameter in self.adapter.items() if parameter.requires_grad)
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Everything that sets this model apart from its base, under global names, detached.
-
-        Returns:
-            The parameters, the methods' frozen tensors, and the persistent buffers that differ from the base's (the
-            statistics of a BatchNorm that was trained, say). As those of `state_dict`, the tensors are the live ones.
-        """
-        state = {name: parameter.detach() for name, parameter in self.adapter.items()}
-        pristine = self._pristine()
-        for name, buffer in persistent(self.copy_pool.buffers).items():
-            if name not in pristine or not _equal(buffer, pristine[name]):
-                state[name] = buffer.detach()
-        return state
-
-    def with_adapter(self, state: Tensors) -> AdaptedModel:
-        """A new model on the same base, adapted in the same places by other tensors, which are copied.
+    def with_adapter(self, state: NamedTensors) -> AdaptedModel:
+        """A new model on the same base with the same adapted parameters and copies of other tensors.
 
         Args:
-            state: as `adapter_state_dict` gives it. Buffers that it does not name are the base's.
+            state: as `adapter_state_dict` returns it. Buffers that are not in it are the base's.
 
         Raises:
             StateError: if a name is missing or unknown, or a shape differs.
         """
-        adapter = dict(self.adapter.items())
-        tensors, buffers = filled(self.adapted_parameters, self.copy_pool.buffers, adapter, state)
-        return self._like(tensors, buffers)
-
-    def load_adapter_state_dict(self, state: Tensors, strict: bool = True) -> IncompatibleKeys:
-        """Copy tensors into this model's parameters and buffers in place, so that an optimizer keeps them.
-
-        Args:
-            state: as `adapter_state_dict` gives it. With `strict`, buffers that it does not name become the base's.
-            strict: refuse missing and unknown names; otherwise leave them out and return them.
-
-        Raises:
-            StateError: before anything is written.
-        """
-        left_out = check_state(state, dict(self.adapter.items()), persistent(self.copy_pool.buffers), strict)
-        pristine = self._pristine() if strict else {}
-        with torch.no_grad():
-            for name, parameter in self.adapter.items():
-                if name in state:
-                    parameter.copy_(state[name])
-            for name, buffer in persistent(self.copy_pool.buffers).items():
-                source = state[name] if name in state else pristine.get(name)
-                if source is not None:
-                    buffer.copy_(source)
-        return left_out
+        adapter, buffers = dict(self.adapter.items()), self.copy_pool.buffers
+        check_state(state, adapter, persistent_buffers(buffers), strict=True)
+        new = {**self.frozen_base.buffers(), **{name: state[name] for name in state if name not in adapter}}
+        return self._like(parameters_of(state, self.adapted_parameters, adapter), copy_buffers(buffers, new))
 
     def merge(self) -> nn.Module:
-        """A new plain module with the change folded into its weights; it shares no memory with base, adapter or this model.
+        """A new plain module with the changed weights; it shares no memory with base, adapter or this model.
 
-        Its parameters require grad where the original model's did; its buffers are this model's. Where the adapter's
-        element type is wider than the weight's, the sum is formed in the wider and rounded once.
+        Its parameters require grad where the original model's did; its buffers are copies of this model's. Where the
+        adapter's dtype is wider than the weight's, the sum is computed in the wider and rounded once.
 
         Raises:
-            AdaptError: if a method added modules (Bottleneck), which no weight can take in.
+            AdaptError: if a method added modules (Bottleneck), which no weight can contain.
         """
         self._runner.rebind_if_replaced(self.adapter.current())
         base, modules = self.frozen_base, self.copy_pool.tree
         for name, module in modules.modules.items():
             if isinstance(module, AddedModule):
                 raise AdaptError(f"{name!r} was added to the network and is part of no weight, so it cannot be merged")
-        learned = {id(modules.tensor(name)) for name in modules.places if name in base.trainable or name not in base.weights}
+        trained = {id(modules.tensor(name)) for name in modules.places if name in base.trainable or name not in base.weights}
 
-        def folded(tensor: Tensor) -> nn.Parameter:
+        def merged(tensor: Tensor) -> nn.Parameter:
             with torch.no_grad():
                 dense = tensor.weight.eval().dense() if isinstance(tensor, Slot) else tensor
-                return nn.Parameter(clone(dense), requires_grad=id(tensor) in learned)
+                return nn.Parameter(clone(dense), requires_grad=id(tensor) in trained)
 
-        return modules.detached(folded)
+        return modules.detached(merged)
 
     # --- as a module
 
@@ -233,7 +162,6 @@ class AdaptedModel(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.adapted_parameters = self.adapted_parameters.on(self.frozen_base.apply(fn))
         self._runner.rebase(self.adapted_parameters, self.adapter.current())
-        self._view = None
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModel:
@@ -243,7 +171,7 @@ class AdaptedModel(nn.Module):
             other = nn.Parameter(clone(parameter), requires_grad=parameter.requires_grad)
             other.grad = None if parameter.grad is None else clone(parameter.grad)
             tensors[name] = known if isinstance(known, nn.Parameter) else memo.setdefault(id(parameter), other)
-        made = memo[id(self)] = self._like(tensors, copied(self.copy_pool.buffers))
+        made = memo[id(self)] = self._like(tensors, copy_buffers(self.copy_pool.buffers))
         return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -251,95 +179,43 @@ class AdaptedModel(nn.Module):
         for name in self.adapted_parameters.names:
             if name in base.tensors:
                 modules.bind(name, base.tensors[name])
-        return _restore, (modules.module, self.adapted_parameters, dict(self.adapter.items()), self.strategy)
+        return AdaptedModel._unpickled, (modules.module, self.adapted_parameters, self.strategy, dict(self.adapter.items()))
+
+    @staticmethod
+    def _unpickled(module: nn.Module, parameters: AdaptedParameters, *fields: Any) -> AdaptedModel:
+        return AdaptedModel(Adapter(parameters, *fields), CopyPool(parameters.base, ModuleTree(module)))
 
     def __repr__(self) -> str:
-        return tree(self.copy_pool.outline, {part.name: part.method for part in self.adapted_parameters})
+        return tree(self.copy_pool.outline, {parameter.name: parameter.method for parameter in self.adapted_parameters})
 
     def summary(self) -> str:
-        """A table of the adapted parameters, their methods and sizes, and what is trained of the whole."""
-        rows: list[tuple[str, Method, list[Tensor]]] = []
-        counted: set[str] = set()
-        for parameter in self.adapted_parameters:
-            own = [name for name in parameter.names.values() if name not in counted]
-            counted.update(own)
-            rows.append((parameter.name, parameter.method, [self.adapter[name] for name in own]))
-        return summary(self.frozen_base, rows)
+        """A table of the adapted parameters with methods and sizes, and how many numbers are trained of how many."""
+        parameters = [(parameter.name, parameter.method, parameter.names.values()) for parameter in self.adapted_parameters]
+        return summary(self.frozen_base, parameters, self._named_tensors())
 
-    def _like(self, tensors: Mapping[str, nn.Parameter], buffers: dict[str, Buffers]) -> AdaptedModel:
-        """This model with other tensors, and with these buffers."""
+    def _like(self, tensors: Mapping[str, nn.Parameter], buffers: dict[str, ModuleBuffers]) -> AdaptedModel:
         return AdaptedModel(Adapter(self.adapted_parameters, self.strategy, tensors), self.copy_pool.fork(buffers))
 
-    def _pristine(self) -> dict[str, Tensor]:
-        return named(self.frozen_base.tree.held())
 
-
-def filled(
-    parameters: AdaptedParameters,
-    held: Mapping[str, Buffers],
-    adapter: Tensors,
-    state: Tensors,
-    owned: bool = False,
-) -> tuple[dict[str, nn.Parameter], dict[str, Buffers]]:
-    """Parameters like an adapter's with copies of a state's values, and buffers with its values, or with the base's.
+def parameters_of(
+    state: NamedTensors, parameters: AdaptedParameters, like: NamedTensors, *, owned: bool = False
+) -> dict[str, nn.Parameter]:
+    """The tensors of a state as parameters, each on the device of the weight that it changes.
 
     Args:
+        state: the tensors; they are copied.
         parameters: the adapted parameters.
-        held: what buffers there are.
-        adapter: parameters under their global names; only their shapes, types and `requires_grad` count.
-        state: the values.
-        owned: the state's tensors are nobody else's, and need not be copied.
-
-    Raises:
-        StateError: if a name is missing or unknown, or a shape differs; nothing is written then.
+        like: tensors under the same names, for dtypes and `requires_grad`.
+        owned: no one else uses the state's tensors, so they need not be copied.
     """
-    base = parameters.base
-    check_state(state, adapter, persistent(held), strict=True)
-    buffers = copied(held, {**named(base.tree.held()), **{name: state[name] for name in state if name not in adapter}})
-    tensors: dict[str, nn.Parameter] = {}
+    made: dict[str, nn.Parameter] = {}
     for parameter in parameters:
-        weight = base.weights.get(parameter.name)
-        home = None if weight is None else weight.device
+        weight = parameters.base.weights.get(parameter.name)
         for name in parameter.names.values():
-            if name not in tensors:
-                old, tensor = adapter[name], state[name]
-                if not (owned and tensor.dtype == old.dtype and tensor.device == (home or old.device)):
-                    tensor = tensor.detach().to(home or old.device, old.dtype, copy=not owned)
-                tensors[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    return tensors, buffers
-
-
-def check_state(state: Tensors, adapter: Tensors, buffers: Tensors, strict: bool) -> IncompatibleKeys:
-    """Refuse a state that does not fit, before anything is done with it."""
-    known = {**buffers, **adapter}
-    missing = [name for name in adapter if name not in state]
-    unexpected = [name for name in state if name not in known]
-    if strict and missing:
-        raise StateError(
-            f"the state lacks {len(missing)} of the adapter's {len(adapter)} tensors, {missing[0]!r} first; in the "
-            f"state {nearest(missing[0], state)}. Is it a state of another strategy?"
-        )
-    if strict and unexpected:
-        raise StateError(f"the adapter has no {unexpected[0]!r}; {nearest(unexpected[0], known)}")
-    for name, tensor in state.items():
-        if name in known and tensor.shape != known[name].shape:
-            raise StateError(
-                f"{name!r} has shape {tuple(known[name].shape)} in this adapter and {tuple(tensor.shape)} in the state"
-            )
-    return IncompatibleKeys(missing, unexpected)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b.to(a.device))))
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-
-
-def _restore(
-    module: nn.Module, parameters: AdaptedParameters, tensors: dict[str, nn.Parameter], strategy: Strategy | None
-) -> AdaptedModel:
-    return AdaptedModel(Adapter(parameters, strategy, tensors), CopyPool(parameters.base, ModuleTree(module)))
+            if name not in made:
+                old, tensor = like[name], state[name]
+                device = old.device if weight is None else weight.device
+                if not (owned and tensor.dtype == old.dtype and tensor.device == device):
+                    tensor = tensor.detach().to(device, old.dtype, copy=not owned)
+                made[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    return made

@@ -1,9 +1,9 @@
-"""The adapter as a value: a frozen base, adapted parameters, and the tensors that change them."""
+"""The adapter as a value: a frozen base, adapted parameters, and their tensors."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import is_
@@ -17,9 +17,8 @@ from .adapter_dict import NameSpace
 from .methods import WeightMethod
 from .network.copy_pool import CopyPool
 from .network.frozen_base import FrozenBase
-from .network.modes import Modes
-from .network.module_tree import ModuleTree, clone, copied, persistent
-from .network.runner import holds_computed
+from .network.module_tree import Modes, ModuleTree, NamedTensors, clone, persistent_buffers, set_buffer
+from .network.runner import has_computed
 from .strategy import Strategy
 from .weights import Dense, Weight
 
@@ -40,7 +39,7 @@ class AdaptedParameter:
 
 
 class AdaptedParameters(Sequence[AdaptedParameter]):
-    """The adapted parameters of a base, which make structured weights of adapter tensors.
+    """The adapted parameters of a base: makes structured weights from adapter tensors.
 
     Args:
         base: the frozen base.
@@ -80,11 +79,11 @@ class AdaptedParameters(Sequence[AdaptedParameter]):
         return AdaptedParameters, (self.base, self._parameters)
 
     def on(self, base: FrozenBase) -> AdaptedParameters:
-        """The same parameters of a base that was moved or cast, or of another view of this one."""
+        """The same parameters of a base that was moved or cast, or of another that shares this one's tensors."""
         return self if base is self.base else AdaptedParameters(base, self._parameters)
 
     def refresh(self) -> None:
-        """Look up what the methods precompute from the base, unless that was done since the base was last written to."""
+        """Look up the tensors that methods precompute from the base, unless they are those of the base's present values."""
         if self._epoch != self.base.epoch:
             self._precomputed = {
                 parameter.name: self.base.precomputed(parameter.name, parameter.method)
@@ -93,74 +92,76 @@ class AdaptedParameters(Sequence[AdaptedParameter]):
             }
             self._epoch = self.base.epoch
 
-    def weights(self, tensors: Mapping[str, Tensor], trains: Callable[[str], bool]) -> dict[str, Weight]:
-        """The structured weights that adapter tensors make of the base's, by the name of the parameter.
+    def weights(self, tensors: NamedTensors, trains: Callable[[str], bool]) -> dict[str, Weight]:
+        """The structured weights of the base and adapter tensors, by parameter name.
 
         Args:
             tensors: the adapter's tensors, by global name.
-            trains: whether a module, given by its dotted name, is in training mode.
+            trains: returns whether the module of a dotted name is in training mode.
         """
         self.refresh()
         made: dict[str, Weight] = {}
         for parameter in self._parameters:
             name = parameter.name
-            own = {local: tensors[full] for local, full in parameter.names.items()}
+            by_local_name = {local: tensors[full] for local, full in parameter.names.items()}
             if name in self.base.weights:
-                weight = parameter.method.weight(self.base.weights[name], {**self._precomputed[name], **own})
+                weight = parameter.method.weight(self.base.weights[name], {**self._precomputed[name], **by_local_name})
                 made[name] = weight if trains(name.rpartition(".")[0]) else weight.eval()
-            else:  # of a module that the adapter brings: the parameter is the adapter's
-                made[name] = Dense(own[""])
+            else:  # a parameter of a module that the adapter adds
+                made[name] = Dense(by_local_name[""])
         return made
 
 
 @dataclass(eq=False)
 class Adapter:
-    """An adapter: what it is for and what it holds, without a copy of the network.
+    """An adapter: adapted parameters and their tensors, without a copy of the network.
 
     Attributes:
         parameters: the adapted parameters, with their frozen base.
         strategy: the strategy, or None where actions of GIFt's protocol replaced modules.
         tensors: the adapter's tensors under global names: parameters, or views of stacked ones.
-        buffers: the persistent buffers that are not the base's.
-        tree: the network with the modules that the adapter brings; None if it brings none.
-        generation: how often the tensors were moved in memory.
+        buffers: the persistent buffers that differ from the base's.
+        tree: the network with the modules that the adapter adds; None if it adds none.
     """
 
     parameters: AdaptedParameters
     strategy: Strategy | None
-    tensors: Mapping[str, Tensor]
+    tensors: NamedTensors
     buffers: dict[str, Tensor] = field(default_factory=dict)
     tree: ModuleTree | None = None
     _versions: dict[str, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _weights: dict[Modes, tuple[int, dict[str, Weight]]] = field(default_factory=dict, repr=False)
-    generation: int = field(default=0, repr=False)
 
     @property
     def base(self) -> FrozenBase:
         """The frozen base."""
         return self.parameters.base
 
-    def replace_tensors(self, tensors: Mapping[str, Tensor], base: FrozenBase | None = None) -> Adapter:
-        """The same adapter with other tensors, on the same base or another view of it."""
+    def replace_tensors(self, tensors: NamedTensors, base: FrozenBase | None = None) -> Adapter:
+        """The same adapter with other tensors, on the same base or another that shares its tensors."""
         if base is not None and base is not self.base:
             base.adopt_precomputed(self.base)
         parameters = self.parameters if base is None else self.parameters.on(base)
         return Adapter(parameters, self.strategy, tensors, dict(self.buffers), self.tree)
 
-    def apply(self, function: Callable[[Tensor], Tensor], base: FrozenBase) -> Adapter:
-        """The same adapter with a function applied to all that is its own, on a base that it was applied to as well."""
+    def copy(self, trained: Container[str] | None = None) -> Adapter:
+        """The same adapter with copies of its tensors, buffers and modules.
+
+        Args:
+            trained: the names of the tensors whose copies require grad; None for those that do here.
+        """
         with lasting_outside():
             tensors = {
-                name: nn.Parameter(function(tensor.detach()), requires_grad=tensor.requires_grad)
+                name: nn.Parameter(clone(tensor), requires_grad=tensor.requires_grad if trained is None else name in trained)
                 for name, tensor in self.tensors.items()
             }
-            buffers = {name: function(buffer.detach()) for name, buffer in self.buffers.items()}
-            tree = None if self.tree is None else self.tree.copy(function)
-        return Adapter(self.parameters.on(base), self.strategy, tensors, buffers, tree)
+            buffers = {name: clone(buffer) for name, buffer in self.buffers.items()}
+            tree = None if self.tree is None else self.tree.copy(clone)
+        return Adapter(self.parameters, self.strategy, tensors, buffers, tree)
 
     def weights(self, modes: Modes) -> dict[str, Weight]:
-        """The structured weights, by the name of the parameter; kept where they only view the tensors.
+        """The structured weights by parameter name. They are cached if no method computes a tensor for them.
 
         Args:
             modes: the modules in training mode.
@@ -170,46 +171,42 @@ class Adapter:
             return known[1]
         with lasting_outside(), torch.enable_grad():
             made = self.parameters.weights(self.tensors, modes.__contains__)
-        if not holds_computed(made, self.tensors.values()):
+        if not has_computed(made, self.tensors.values()):
             self._weights[modes] = self.base.epoch, made
         return made
 
-    def keeps_weights(self, modes: Modes) -> bool:
-        """Whether the weights that `weights` gave last are kept."""
+    def has_cached_weights(self, modes: Modes) -> bool:
+        """Whether the weights that `weights` returned last are cached."""
         return modes in self._weights
 
-    def forget_weights(self) -> None:
-        """Make weights anew from now on: the tensors were moved in memory."""
+    def clear_cached_weights(self) -> None:
+        """Make new weights from now on, since the tensors were moved in memory."""
         self._weights.clear()
-        self.generation += 1
 
     @cached_property
     def module(self) -> nn.Module:
-        """The tensors and buffers as a module: its dictionaries are this adapter's, so what is put in one is in the other."""
+        """The tensors and buffers as a module, whose dictionaries are this adapter's own."""
         made = NameSpace()
         vars(made).update(_parameters=self.tensors, _buffers=self.buffers)
         return made
 
     def copy_pool(self) -> CopyPool:
-        """Private copies of the network for a model of this adapter, by its very buffers."""
+        """Private copies of the network for a model of this adapter, with this adapter's own buffers."""
         tree = None
         if self.tree is not None:
             tree = ModuleTree(self.tree.detached())
-            own = set(self.parameters.names)
-            for name in tree.places:
-                if name in self.base.tensors and name not in own:
-                    tree.bind(name, self.base.tensors[name])
-        held = copied(self.base.tree.held()) if tree is None else tree.held()
+            for name in (tree.places.keys() & self.base.tensors.keys()) - set(self.parameters.names):
+                tree.bind(name, self.base.tensors[name])
+        pool = CopyPool(self.base, tree)
         for name, buffer in self.buffers.items():
-            module_name, _, attribute = name.rpartition(".")
-            held[module_name].tensors[attribute] = buffer
-        return CopyPool(self.base, tree, held)
+            set_buffer(pool.buffers, name, buffer)
+        return pool
 
-    # --- in a batch with others
+    # --- in a mixed batch
 
     @property
     def why_apart(self) -> str | None:
-        """Why the adapter cannot share a pass with others, or None."""
+        """Why the adapter cannot run in one pass with others, or None."""
         if self.tree is not None:
             return "it brings modules of its own"
         versions = self._versions
@@ -219,18 +216,18 @@ class Adapter:
 
     @property
     def address(self) -> int:
-        """Where its first tensor lies in memory."""
+        """The memory address of its first tensor."""
         return next((tensor.data_ptr() for tensor in self.tensors.values()), 0)
 
-    def own_statistics(self) -> None:
-        """Give the adapter persistent buffers of its own, which its models write to and share."""
+    def add_buffers(self) -> None:
+        """Add copies of all persistent buffers of the base, which the adapter's models share and write to."""
         with self._lock:
-            for name, buffer in persistent(self.base.tree.held()).items():
+            for name, buffer in persistent_buffers(self.base.tree.buffer_dicts()).items():
                 if name not in self.buffers:
                     with lasting_outside():
-                        mine = clone(buffer)
-                    self._versions[name] = mine._version
-                    self.buffers[name] = mine
+                        copy = clone(buffer)
+                    self._versions[name] = copy._version
+                    self.buffers[name] = copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         module = None
@@ -241,21 +238,17 @@ class Adapter:
                 if found is not None:
                     tree.bind(name, found)
             module = tree.module
-        return _restore, (self.parameters, self.strategy, self.tensors, self.buffers, module)
+        return Adapter._unpickled, (module, self.parameters, self.strategy, self.tensors, self.buffers)
+
+    @staticmethod
+    def _unpickled(module: nn.Module | None, *fields: Any) -> Adapter:
+        made = Adapter(*fields)
+        made.tree = None if module is None else ModuleTree(module)
+        return made
 
 
-def _restore(
-    parameters: AdaptedParameters,
-    strategy: Strategy | None,
-    tensors: dict[str, nn.Parameter],
-    buffers: dict[str, Tensor],
-    module: nn.Module | None,
-) -> Adapter:
-    return Adapter(parameters, strategy, tensors, buffers, None if module is None else ModuleTree(module))
-
-
-def brings_modules(tree: ModuleTree, base: ModuleTree) -> bool:
-    """Whether a network's modules are others than the base's in kind, or hold other parameters."""
+def adds_modules(tree: ModuleTree, base: ModuleTree) -> bool:
+    """Whether a network's modules have other classes or other parameters than the base's."""
     ours, theirs = tree.modules, base.modules
     if ours.keys() != theirs.keys() or tree.names.keys() != base.names.keys():
         return True

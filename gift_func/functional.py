@@ -1,4 +1,4 @@
-"""`functional_call`: an adapted model as a pure function of its adapter's tensors."""
+"""`functional_call`: runs an adapted model as a pure function of its adapter's tensors."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from torch import Tensor
 
 from .adapter_dict import AdapterDict
 from .errors import StateError, nearest
-
-Tensors = Mapping[str, Tensor]
+from .network.module_tree import NamedTensors
 
 
 class Adapted(Protocol):
-    """What holds an adapter and runs on another one's tensors: an `AdaptedModel`, an `Ensemble`."""
+    """A model that `functional_call` takes: an `AdaptedModel` or an `Ensemble`."""
 
     adapter: AdapterDict
 
-    def functional_call(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def functional_call(
+        self, tensors: NamedTensors, buffers: NamedTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Its forward on any tensors and buffers."""
 
 
 def functional_call(
     model: Adapted,
-    params: Tensors | Sequence[Tensors],
+    params: NamedTensors | Sequence[NamedTensors],
     args: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     strict: bool = False,
 ) -> Any:
-    """Call an adapted model, or an ensemble, with other tensors in its adapter's places: pure, for `torch.func`.
+    """Call an adapted model, or an ensemble, with other tensors in place of its adapter's; for `torch.func`.
 
-    Nothing is written: not to the model, and not to its buffers (a BatchNorm in training writes to a copy; give its
-    buffers among `params` to keep what it writes).
+    Neither the model nor its buffers are written to: a BatchNorm in training writes to a copy, or to the buffers that are
+    given among `params`.
 
     Args:
         model: an adapted model; or an ensemble, with stacked tensors.
-        params: tensors under global names, as of `named_trainable_parameters()` or `adapter_state_dict()`, or several such
-            dicts; names as of `named_parameters()` and `named_buffers()` are understood too. Those not named are the
+        params: tensors under global names, as in `named_trainable_parameters()` or `adapter_state_dict()`, or several such
+            dicts; names as in `named_parameters()` and `named_buffers()` are accepted too. The other tensors are the
             model's own.
-        args: positional arguments; anything but a tuple is a single one.
+        args: positional arguments; anything but a tuple is a single argument.
         kwargs: keyword arguments.
         strict: require every name of the adapter.
 

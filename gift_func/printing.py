@@ -1,8 +1,8 @@
-"""How an adapted model prints: the base's module tree with the methods at their places, and a table."""
+"""The `repr` of an adapted model, which is the base's module tree with the methods, and the tables of `summary`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from .network.module_tree import ModuleTree
 
 
 class _Shown(nn.Module):
-    """A module that prints as another one with its methods written behind it."""
+    """A module whose `repr` is another's, with its methods after the first line."""
 
     def __init__(self, module: nn.Module, methods: list[str]) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class _Shown(nn.Module):
         return self.text
 
 
-def tree(body: ModuleTree, methods: Mapping[str, Method]) -> str:
-    """The module tree as `print(module)` shows it, `weight: LoRA(rank=3)` behind every adapted module."""
-    shown = ModuleTree(body.detached())
+def tree(modules: ModuleTree, methods: Mapping[str, Method]) -> str:
+    """The module tree as `print(module)` shows it, with `weight: LoRA(rank=3)` after every adapted module."""
+    shown = ModuleTree(modules.detached())
     notes: dict[int, list[str]] = {}
     for name, method in methods.items():
         for module, attribute in shown.places.get(name, []):
             notes.setdefault(id(module), []).append(f"{attribute}: {method}")
-    # From the leaves up, so that a module whose children are annotated shows their notes.
+    # Children first, so that their notes are in the text of their parents.
     for path, module in reversed(list(shown.modules.items())):
         if id(module) not in notes:
             continue
@@ -44,32 +44,29 @@ def tree(body: ModuleTree, methods: Mapping[str, Method]) -> str:
     return repr(shown.module)
 
 
-def summary(base: FrozenBase, rows: Iterable[tuple[str, Method, list[Tensor]]]) -> str:
-    """A table of adapted parameters and the count of what is trained.
+def summary(base: FrozenBase, parameters: Iterable[tuple[str, Method, Collection[str]]], tensors: Mapping[str, Tensor]) -> str:
+    """A table of adapted parameters, and how many numbers are trained of how many.
 
     Args:
         base: the frozen base.
-        rows: parameter name, method, and the adapter's tensors for it.
+        parameters: name, method and global names of the tensors of each adapted parameter.
+        tensors: the adapter's tensors under global names; those that several parameters share are counted once.
     """
-    rows_of_table = [("parameter", "shape", "method", "trained")]
-    trained, added = 0, 0
-    for name, method, tensors in rows:
-        own = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
-        trained += own
-        added += sum(tensor.numel() for tensor in tensors)
-        shape = base.weights[name].shape if name in base.weights else tensors[0].shape
-        rows_of_table.append((name, "x".join(map(str, shape)), str(method) if name in base.weights else "new", f"{own:,}"))
-    lines = [table(rows_of_table)]
-    frozen = sum(weight.shape.numel() for weight in base.weights.values())
-    whole = frozen + added
-    lines.append(
-        f"trained: {trained:,} parameters of {whole:,} ({trained / max(whole, 1):.3%}), in {len(rows_of_table) - 1} places"
-    )
-    return "\n".join(lines)
+    rows = [("parameter", "shape", "method", "trained")]
+    whole, counted = sum(weight.shape.numel() for weight in base.weights.values()), set[str]()
+    for name, method, names in parameters:
+        sizes = {full: tensors[full].numel() for full in names if full not in counted}
+        counted.update(sizes)
+        whole += sum(sizes.values())
+        trained = sum(size for full, size in sizes.items() if tensors[full].requires_grad)
+        shape = base.weights[name].shape if name in base.weights else tensors[next(iter(names))].shape
+        rows.append((name, "x".join(map(str, shape)), str(method) if name in base.weights else "new", f"{trained:,}"))
+    total = sum(tensors[full].numel() for full in counted if tensors[full].requires_grad)
+    return f"{table(rows)}\ntrained: {total:,} parameters of {whole:,} ({total / max(whole, 1):.3%}), in {len(rows) - 1} places"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as an aligned table, the first of them its head and the last column numbers."""
+    """Rows as an aligned table; the first is its head, and the last column is aligned to the right."""
     *widths, last = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([*map(str.ljust, row, widths), row[-1].rjust(last)]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in (*widths, last)))

@@ -1,4 +1,4 @@
-"""The arguments of one call of a network on a batch: which of them are of its samples."""
+"""The arguments of one call of a network on a batch, and which of them have a sample axis."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from ..tracking.sample_axis import SampleAxis, tag
-from .samples import doubtful, is_same, kind_of, leads, shared
+from .samples import doubtful, is_same, kind_of, leads
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Arguments as a tree's leaves.
+    """The arguments of a call as the leaves of a tree.
 
     Attributes:
-        leaves: of the tree `(args, kwargs)`.
+        leaves: the leaves of `(args, kwargs)`.
         spec: the tree.
-        inputs: the places of the tensors that have a row for each sample.
-        is_plain: whether no other tensor might have one.
-        kind: what tells calls apart that may go different ways through the network; None where that cannot be told.
+        inputs: the places of the tensors whose first axis is the batch.
+        is_plain: whether this is certain.
+        kind: differs for calls that may differ in the functions that the network runs; None where this is unknown.
     """
 
     leaves: Sequence[Any]
@@ -34,14 +34,13 @@ class Arguments:
     @staticmethod
     def of(leaves: Sequence[Any], spec: TreeSpec, size: int) -> Arguments:
         """The arguments of a batch of so many samples."""
-        alike = shared(leaves, size)
-        outside = doubtful(leaves, size) if alike is None else alike
+        unclear = doubtful(leaves, size)
         tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        inputs = frozenset(place for place, leaf in tensors if leads(leaf, size) and place not in outside)
-        return Arguments(leaves, spec, inputs, alike is not None, kind_of(leaves, spec))
+        inputs = frozenset(place for place, leaf in tensors if leads(leaf, size) and place not in unclear)
+        return Arguments(leaves, spec, inputs, not unclear, kind_of(leaves, spec))
 
     def allow(self, order: Sequence[int] | None) -> bool:
-        """Whether the samples may be given in another order, if there is one, and their results put back."""
+        """Whether the samples may be put in another order, if there is one."""
         return order is not None and self.kind is not None and (self.is_plain or is_same(self.leaves, order))
 
     def ordered(self, order: Tensor) -> Arguments:
@@ -50,11 +49,10 @@ class Arguments:
 
     def whole(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)`."""
-        made: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(list(self.leaves), self.spec)
-        return made
+        return tree_unflatten(list(self.leaves), self.spec)  # type: ignore[no-any-return]
 
     def tagged(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """`(args, kwargs)`, their samples marked for following."""
+        """`(args, kwargs)`, with tagged sample axes."""
         return replace(self, leaves=self._with(lambda leaf: tag(leaf, SampleAxis(0, 1)))).whole()
 
     def _with(self, function: Callable[[Tensor], Tensor]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The bank: many named adapters on one base, and one pass for a batch whose samples use different ones."""
+"""The bank: named adapters on one frozen base, and one pass for a batch whose samples have different adapters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import base_of, new_adapter
-from ..adapted_model import AdaptedModel, IncompatibleKeys, check_state
+from ..adapted_model import AdaptedModel
 from ..adapter import Adapter
-from ..adapter_dict import NameSpace
-from ..caching import LRU
+from ..adapter_dict import AdapterModule, NameSpace
 from ..errors import AdaptError, nearest
 from ..methods import Method
 from ..network.base_view import BaseView
 from ..network.frozen_base import FrozenBase
-from ..network.modes import Modes, modes_of
-from ..network.module_tree import clone
+from ..network.module_tree import Modes, clone
 from ..printing import table
 from ..strategy import Strategy
 from .compiled import CompiledBank
@@ -28,34 +26,31 @@ from .plan import Batch, batch_by_address
 from .samples import numbers_of
 
 Names = Sequence[str | None]
-MODELS = 32
-"""How many adapters that were asked for as models are kept so."""
 
 
-class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
+class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
     """Named adapters on one frozen base: an ordinary module whose parameters are exactly the adapters'.
 
-    `bank(x, adapters=["fr", None, "de"])` runs every sample with its own adapter in one pass, of any methods and ranks,
-    and trains as well as infers: the frozen weights meet all samples in one product each. `bank["fr"]` is the adapter as
-    a model of its own; it holds the bank's very tensors, so what is trained by one is seen by the other. Which adapters a
-    bank has never changes: `add`, `remove` and `rename` give another bank that shares tensors with this one. All else is as
-    for any module and acts in place: `train()`, `eval()`, `to()`, `load_state_dict()`, `requires_grad_()`.
+    `bank(x, adapters=["fr", None, "de"])` runs every sample with its own adapter in one pass, forward and backward; methods
+    and ranks may differ. All samples are multiplied by each frozen weight in one product. `bank["fr"]` is the adapter as a
+    model, with the same tensors: training one trains the other. The adapters of a bank never change: `add`, `remove` and
+    `rename` return another bank, which shares tensors with this one. All else is as in any module and acts in place:
+    `train()`, `eval()`, `to()`, `load_state_dict()`, `requires_grad_()`.
 
-    The batch is the leading axis of the network's tensor arguments. It is tracked from there through the network, so
-    networks may flatten, transpose or gather it as they like (GPT-2, attention, mixtures of experts); where the samples can
-    no longer be told apart at an adapted weight, that is an error and no guess. Rows are ordered by adapter once in a
-    call. Where a pass cannot be shared (modules or statistics of an adapter's own, BatchNorm in training, checkpointing),
-    each adapter's samples take one of their own, with the same results.
+    The batch is the leading axis of the network's tensor arguments. It is tracked through the network, which may flatten,
+    transpose or gather it (GPT-2, attention, mixtures of experts). If the samples cannot be told apart at an adapted weight,
+    an error is raised. Samples are sorted by adapter once in a call. If adapters cannot share a pass (they have modules or
+    statistics of their own; BatchNorm in training; checkpointing), there is one pass for each, with the same results.
 
-    A sample's result does not depend on the values of other samples or adapters: not a bit of it changes with them, and
-    gradients toward them are exactly zero. Which adapters a batch has, and in what numbers, decides how many rows each
-    product has, so to change that may change results within rounding; so may the first call of a kind, which is tracked,
-    against those after it. Threads may use a bank at once. Adapters of one shape share memory, so an
-    optimizer's step on one, while a backward of another is under way, is an error of autograd's; train apart in banks apart.
+    The result for a sample does not depend on the values of other samples or adapters, not even within rounding, and its
+    gradients with respect to them are exactly zero. It may depend, within rounding, on which adapters a batch has and on
+    how many samples, which decide the sizes of products, and on whether the call is the first of its kind, which is
+    tracked. Threads may use a bank at once. Adapters of one shape share memory, so autograd raises an error if an optimizer
+    steps on one during the backward of another; use several banks for that.
 
     Args:
-        adapters: names and adapted models of one base; their tensors are copied and kept stacked.
-        base: what a bank without adapters is for: a model, or a frozen base.
+        adapters: names and adapted models of one base; their tensors are copied into stacks.
+        base: the base of a bank without adapters: a model, or a frozen base.
 
     Raises:
         AdaptError: if the models have different bases, or a name is empty.
@@ -85,7 +80,7 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
             frozen = first.frozen_base
         else:
             raise AdaptError("a bank without adapters needs to know its base: AdapterBank(base=model)")
-        modes = modes_of(frozen.tree) if first is None else first.copy_pool.current_modes()
+        modes = frozen.tree.modes() if first is None else first.copy_pool.current_modes()
         for name, model in given.items():
             _check_base(name, frozen, model.frozen_base)
         values = side_by_side([model.to_adapter() for model in given.values()], frozen)
@@ -93,19 +88,18 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
 
     @classmethod
     def of(cls, adapters: Mapping[str, Adapter], base: FrozenBase, modes: Modes | bool = True) -> Self:
-        """A bank of adapters on one frozen base, by their very tensors.
+        """A bank of adapters on one frozen base, which shares their tensors.
 
         Args:
-            adapters: the adapters by name, as `side_by_side` lays them.
+            adapters: the adapters by name, as `side_by_side` returns them.
             base: the base of all of them.
-            modes: the modes of the network's modules, or the one that all are put in.
+            modes: the modules in training mode, or one mode for all.
         """
         return object.__new__(cls)._set_up(adapters, MixedBatchRunner(base, modes))
 
     def _set_up(self, adapters: Mapping[str, Adapter], runner: MixedBatchRunner) -> Self:
         super().__init__()
         self._runner = runner
-        self._models: LRU[Adapter, AdaptedModel] = LRU(MODELS)
         self._compiled: CompiledBank | None = None
         self.training = runner.training
         self.adapters = NameSpace()
@@ -116,12 +110,12 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
     # --- as a mapping
 
     def __getitem__(self, name: str) -> AdaptedModel:
-        """One adapter as a model, by the bank's own tensors.
+        """One adapter as a model, with the bank's own tensors.
 
         Raises:
             KeyError: with the nearest names.
         """
-        return self._apart(self._adapter(name))
+        return self._runner.model(self._adapter(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
@@ -139,12 +133,9 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
         return id(self)
 
     def __repr__(self) -> str:
-        rows = []
-        for name, adapter in self._adapters.items():
-            methods = ", ".join(dict.fromkeys(str(parameter.method) for parameter in adapter.parameters))
-            rows.append(f"  {name!r}: {methods} at {len(adapter.parameters)} places")
-        kind = type(self.frozen_base.tree.module).__name__
-        return "\n".join([f"AdapterBank of {len(self)} on {kind}", *rows])
+        head = f"AdapterBank of {len(self)} on {type(self.frozen_base.tree.module).__name__}"
+        adapters = self._adapters.items()
+        return "\n".join([head, *(f"  {name!r}: {_methods(one)} at {len(one.parameters)} places" for name, one in adapters)])
 
     # --- other banks
 
@@ -153,9 +144,9 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
 
         Args:
             name: the new adapter's name.
-            adapter: an adapted model, whose tensors are copied; or what `adapt` takes for a strategy, for a new adapter of
-                the bank's base, which needs no copy of the network.
-            generator: what a new adapter's initial values are drawn from; None for torch's global generator.
+            adapter: an adapted model, whose tensors are copied; or a strategy, as for `adapt`, for a new adapter of the
+                bank's base, for which the network is not copied.
+            generator: the generator of a new adapter's initial values; None for torch's global generator.
 
         Raises:
             AdaptError: if the name is taken, the adapter has another base, or the strategy does not fit.
@@ -164,10 +155,12 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
         if name in self._adapters:
             raise AdaptError(f"the bank has an adapter {name!r} already; remove it first, or give this one another name")
         if isinstance(adapter, (Method, Strategy, Iterable)) and not isinstance(adapter, (nn.Module, str)):
-            return self._like({**self._adapters, name: new_adapter(self.frozen_base, adapter, generator)})
-        _check(name, adapter)
-        _check_base(name, self.frozen_base, adapter.frozen_base)
-        return self._like({**self._adapters, name: side_by_side([adapter.to_adapter()], self.frozen_base)[0]})
+            new = new_adapter(self.frozen_base, adapter, generator)
+        else:
+            _check(name, adapter)
+            _check_base(name, self.frozen_base, adapter.frozen_base)
+            new = side_by_side([adapter.to_adapter()], self.frozen_base)[0]
+        return self._like({**self._adapters, name: new})
 
     def remove(self, name: str) -> AdapterBank:
         """A bank without one of the adapters, which shares the tensors of the others.
@@ -179,7 +172,7 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
         return self._like({key: adapter for key, adapter in self._adapters.items() if key != name})
 
     def rename(self, name: str, new_name: str) -> AdapterBank:
-        """A bank in which an adapter goes by another name, in the same place of the order.
+        """A bank in which an adapter has another name; the order stays the same.
 
         Raises:
             KeyError: with the nearest names.
@@ -203,40 +196,48 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
             kwargs: the network's keyword arguments.
 
         Returns:
-            What the network returns, its samples in the order given.
+            The network's output, with the samples in the order given.
 
         Raises:
             KeyError: for an unknown name, with the nearest.
             AdaptError: if there are not as many names as samples, or the samples cannot be told apart at a weight.
         """
         if torch.compiler.is_compiling():
-            return self._prepared(adapters)(torch.as_tensor(adapters), args, kwargs)
-        return self._runner.run(self._batch(adapters), args, kwargs, self._apart)
+            if self._compiled is None:
+                raise AdaptError(
+                    "a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function"
+                )
+            if not isinstance(adapters, Tensor):
+                raise AdaptError(
+                    "under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone"
+                )
+            return self._compiled(adapters, args, kwargs)
+        return self._runner.run(self._batch(adapters), args, kwargs)
 
     def generate(self, *args: Any, adapters: Names | Tensor, **kwargs: Any) -> Any:
-        """`generate` of a transformers model on a batch, every sample with its own adapter, by its key-value cache.
+        """`generate` of a transformers model, with its key-value cache, on a batch in which every sample has its own adapter.
 
         Args:
-            args: as the model's `generate` takes them; tensors have the samples as leading axis.
-            adapters: as of a call.
-            kwargs: as the model's `generate` takes them.
+            args: the arguments of the model's `generate`; tensors have the samples as leading axis.
+            adapters: as for a call.
+            kwargs: the keyword arguments of the model's `generate`.
 
         Raises:
             AttributeError: if the model has no `generate`.
         """
-        return self._runner.run(self._batch(adapters), args, kwargs, self._apart, method="generate")
+        return self._runner.run(self._batch(adapters), args, kwargs, method="generate")
 
     def prepare(self) -> AdapterBank:
-        """Make ready for `torch.compile`, and return the bank itself: a call in a compiled function is then one graph.
+        """Prepare the bank for `torch.compile`, and return it: a call in a compiled function is then one graph.
 
-        There `adapters` is an index tensor, and no mixture of adapters compiles anew. Every sample runs as a batch of one under
-        `torch.vmap`, its adapter's tensors gathered from stacks, so the adapters must be such as `gf.stack` takes (ranks,
-        scales and places may differ) and the network one that torch can batch: no RNN, no mixture of experts that sorts
-        its tokens. Indices are not checked there. Dynamo may warn of tensors that are not leaves; they are the stacks, and
-        gradients arrive at the parameters.
+        There `adapters` is an index tensor, and one graph serves all of its values, which are not checked. Every sample runs
+        as a batch of one under `torch.vmap`, with its adapter's tensors taken from stacks. So `gf.stack` must accept the
+        adapters (ranks, scales and adapted parameters may differ), and torch must have batching rules for the network: no
+        RNN, no mixture of experts that sorts its tokens. Dynamo may warn that tensors are not leaves: these are the stacks,
+        and the parameters get their gradients.
 
         Raises:
-            AdaptError: if the adapters cannot share a stack; it names the place and what differs.
+            AdaptError: if the adapters cannot share a stack; it names the parameter and what differs.
 
         Example:
             >>> import torch, gift_func as gf
@@ -253,58 +254,25 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
                 raise AdaptError(
                     f"under torch.compile the adapters of a bank share a stack, and {name!r} cannot: {adapter.why_apart}"
                 )
-        self._compiled = self._runner.compiled([self._apart(adapter) for adapter in self._adapters.values()])
+        self._compiled = self._runner.compiled([self._runner.model(adapter) for adapter in self._adapters.values()])
         return self
 
     @property
     def base(self) -> BaseView:
-        """The frozen base, unadapted."""
-        return self._runner.view()
+        """The frozen base, without an adapter."""
+        return self._runner.view
 
     @property
     def frozen_base(self) -> FrozenBase:
         """The frozen base, as `adapt` takes it for further adapters."""
         return self._runner.base
 
-    # --- tensors
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all adapters that require grad: what an optimizer gets."""
-        return (parameter for _, parameter in self.named_trainable_parameters())
-
-    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of all adapters that require grad, as `<adapter>.<global name>`."""
-        return ((name, tensor) for name, tensor in self._tensors().items() if tensor.requires_grad)
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """The tensors of all adapters as `<adapter>.<global name>`, detached: what `adapter_state_dict` of each has."""
-        return {name: tensor.detach() for name, tensor in {**self._tensors(), **self._buffers_of_adapters()}.items()}
-
-    def load_adapter_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
-        """Copy tensors into the adapters' in place, so that an optimizer keeps them.
-
-        Args:
-            state: as `adapter_state_dict` gives it.
-            strict: refuse missing and unknown names; otherwise leave them out and return them.
-
-        Raises:
-            StateError: before anything is written.
-        """
-        known: dict[str, Tensor] = {**self._tensors(), **self._buffers_of_adapters()}
-        left_out = check_state(state, self._tensors(), known, strict)
-        with torch.no_grad():
-            for name, tensor in known.items():
-                if name in state:
-                    tensor.copy_(state[name])
-        return left_out
-
     def summary(self) -> str:
         """A table of the adapters: their methods, how many parameters each adapts and trains, and the whole."""
         rows = [("adapter", "methods", "places", "trained")]
         for name, adapter in self._adapters.items():
-            methods = ", ".join(dict.fromkeys(str(parameter.method) for parameter in adapter.parameters))
             trained = sum(tensor.numel() for tensor in adapter.tensors.values() if tensor.requires_grad)
-            rows.append((name, methods, str(len(adapter.parameters)), f"{trained:,}"))
+            rows.append((name, _methods(adapter), str(len(adapter.parameters)), f"{trained:,}"))
         return table(rows)
 
     # --- as a module
@@ -315,7 +283,7 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
         runner = self._runner.in_mode(mode)
         if runner is not self._runner:
             self._runner = runner
-            self._models, self._compiled = LRU(MODELS), None
+            self._compiled = None
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -328,21 +296,24 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
 
     # --- inside
 
-    def _tensors(self) -> dict[str, nn.Parameter]:
+    def _named_tensors(self) -> dict[str, nn.Parameter]:
         return {
-            f"{name}.{own}": tensor
+            f"{name}.{inner}": tensor
             for name, adapter in self._adapters.items()
-            for own, tensor in adapter.tensors.items()
+            for inner, tensor in adapter.tensors.items()
             if isinstance(tensor, nn.Parameter)
         }
 
-    def _buffers_of_adapters(self) -> dict[str, Tensor]:
-        return {f"{name}.{own}": buffer for name, adapter in self._adapters.items() for own, buffer in adapter.buffers.items()}
+    def _saved_buffers(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{inner}": buffer for name, adapter in self._adapters.items() for inner, buffer in adapter.buffers.items()
+        }
+
+    def _base_buffers(self) -> dict[str, Tensor]:
+        return {}  # an adapter has only buffers that differ from the base's
 
     def _like(self, adapters: Mapping[str, Adapter]) -> AdapterBank:
-        made = object.__new__(type(self))._set_up(adapters, self._runner)
-        made._models = self._models
-        return made
+        return object.__new__(type(self))._set_up(adapters, self._runner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank:
         copied = side_by_side(list(self._adapters.values()))
@@ -350,13 +321,16 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
             for name, tensor in ours.tensors.items():
                 theirs.tensors[name].grad = None if tensor.grad is None else clone(tensor.grad)
                 memo[id(tensor)] = theirs.tensors[name]
-        made = object.__new__(type(self))._set_up(dict(zip(self._adapters, copied, strict=True)), self._runner)
-        memo[id(self)] = made
+        made = memo[id(self)] = self._like(dict(zip(self._adapters, copied, strict=True)))
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        adapters = {name: adapter.apply(clone, adapter.base) for name, adapter in self._adapters.items()}
-        return _restore, (type(self), self.frozen_base, self._runner.modes, adapters)
+        adapters = {name: adapter.copy() for name, adapter in self._adapters.items()}  # not views of the stacks of all
+        return type(self)._unpickled, (adapters, self.frozen_base, self._runner.modes)
+
+    @classmethod
+    def _unpickled(cls, adapters: Mapping[str, Adapter], base: FrozenBase, modes: Modes) -> Self:
+        return cls.of(dict(zip(adapters, side_by_side(list(adapters.values()), base), strict=True)), base, modes)
 
     def _adapter(self, name: str) -> Adapter:
         found = self._adapters.get(name)
@@ -365,34 +339,19 @@ class AdapterBank(nn.Module, Mapping[str, AdaptedModel]):
         return found
 
     def _batch(self, adapters: Names | Tensor) -> Batch:
-        if isinstance(adapters, Tensor):
-            return batch_by_address(self._by_index(adapters))
         if isinstance(adapters, str):
             raise TypeError(f"adapters is a sequence with one name for each sample, got the text {adapters!r}")
-        return batch_by_address([None if name is None else self._adapter(name) for name in adapters])
-
-    def _prepared(self, adapters: Names | Tensor) -> CompiledBank:
-        if self._compiled is None:
-            raise AdaptError("a bank is made ready for torch.compile by bank.prepare(), once, outside of the compiled function")
         if not isinstance(adapters, Tensor):
-            raise AdaptError("under torch.compile adapters is an index tensor, int64 of shape (batch,), -1 for the base alone")
-        return self._compiled
-
-    def _by_index(self, index: Tensor) -> list[Adapter | None]:
-        adapters, numbers = list(self._adapters.values()), numbers_of(index, "adapters")
-        for number in numbers:
-            if not -1 <= number < len(adapters):
-                raise AdaptError(f"there is no adapter {number} in a bank of {len(adapters)}; -1 is the base alone")
-        return [None if number < 0 else adapters[number] for number in numbers]
-
-    def _apart(self, adapter: Adapter) -> AdaptedModel:
-        """What runs one adapter's samples by themselves."""
-        found = self._models.get(adapter)
-        return self._models.setdefault(adapter, self._runner.model(adapter)) if found is None else found
+            return batch_by_address([None if name is None else self._adapter(name) for name in adapters])
+        known, indices = list(self._adapters.values()), numbers_of(adapters, "adapters")
+        for index in indices:
+            if not -1 <= index < len(known):
+                raise AdaptError(f"there is no adapter {index} in a bank of {len(known)}; -1 is the base alone")
+        return batch_by_address([None if index < 0 else known[index] for index in indices])
 
 
-def _restore(kind: type[AdapterBank], base: FrozenBase, modes: Modes, adapters: Mapping[str, Adapter]) -> AdapterBank:
-    return kind.of(dict(zip(adapters, side_by_side(list(adapters.values()), base), strict=True)), base, modes)
+def _methods(adapter: Adapter) -> str:
+    return ", ".join(dict.fromkeys(str(parameter.method) for parameter in adapter.parameters))
 
 
 def _check_name(name: object) -> None:

@@ -1,4 +1,4 @@
-"""A torch function on the rows of each segment with that segment's own weights, put together again."""
+"""Runs a torch function on each segment's samples with the segment's own weights, and concatenates the outputs."""
 
 from __future__ import annotations
 
@@ -17,55 +17,56 @@ from .stacked_weights import run_at_once
 
 
 def by_segment(
-    func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, SampleAxis], segments: Segments
+    func: Callable[..., Any], leaves: list[Any], spec: Any, axes: Mapping[int, SampleAxis], segments: Segments
 ) -> Any:
-    """The function on the rows of each segment with its own weights, put together."""
-    made = _at_once(func, leaves, spec, followed, segments)
+    """A function with each segment's own weights, run on each segment's samples, and the outputs concatenated.
+
+    Args:
+        func: the function.
+        leaves: the leaves of its arguments.
+        spec: the tree of its arguments.
+        axes: place of a leaf -> its sample axis.
+        segments: the call's segments.
+    """
+    made = _at_once(func, leaves, spec, axes, segments)
     if made is not None:
         return made
-    plan = {place: _split(leaves[place], rows, segments) for place, rows in followed.items()}
+    split = {place: _split(leaves[place], axis, segments) for place, axis in axes.items()}
+    orders = {place: order for place, (_, order) in split.items()}
+    in_order = all(orders[place] is None and axis.owners is None for place, axis in axes.items())
     outputs: list[list[Any]] = []
     out_spec = None
-    order: Tensor | None = None
-    for _, given_order in plan.values():
-        order = given_order if order is None else order
     for index, count in enumerate(segments.counts):
-        own = []
-        for place, leaf in enumerate(leaves):
-            if place in plan:
-                part = plan[place][0][index]
-                rows = followed[place]
-                regular = rows.owners is None and plan[place][1] is None
-                own.append(tag(part, SampleAxis(rows.axis, rows.inner) if regular else _all_of_one(rows, part)))
-            else:
-                own.append(one_of_equals(member(leaf, index), segments.size, count))
-        if any(leaves[p] is not own[p] and own[p].shape[followed[p].axis] == 0 for p in plan):
-            outputs.append([])
-            continue
-        args, kwargs = tree_unflatten(own, spec)
-        samples = count if all(plan[p][1] is None and followed[p].owners is None for p in plan) else 1
-        with TrackSamples(samples):
+        given = [one_of_equals(member(leaf, index), segments.size, count) for leaf in leaves]
+        for place, axis in axes.items():
+            part = split[place][0][index]
+            regular = axis.owners is None and orders[place] is None
+            # Otherwise the whole part is tagged as one sample's, which is enough to follow the axis.
+            given[place] = tag(part, SampleAxis(axis.axis, axis.inner if regular else max(part.shape[axis.axis], 1)))
+        is_last = index == len(segments.counts) - 1
+        if any(given[place].shape[axis.axis] == 0 for place, axis in axes.items()) and (outputs or not is_last):
+            continue  # if all are empty, the last one's output is empty too
+        args, kwargs = tree_unflatten(given, spec)
+        with TrackSamples(count if in_order else 1):
             flat, out_spec = tree_flatten(func(*args, **kwargs))
         outputs.append(flat)
-    present = [flat for flat in outputs if flat]
-    whole = [_joined([flat[place] for flat in present], order, func) for place in range(len(present[0]))]
+    order = next((order for order in orders.values() if order is not None), None)
+    whole = [_concatenated(parts, order, func) for parts in zip(*outputs, strict=True)]
     assert out_spec is not None
     return tree_unflatten(whole, out_spec)
 
 
-FEW = 4
-"""Segments from which on one function under `torch.vmap` costs less than one call for each."""
+MIN_SEGMENTS = 4
+"""With so many segments one function under `torch.vmap` costs less than one call for each."""
 
 
-def _at_once(
-    func: Callable[..., Any], leaves: list[Any], spec: Any, followed: Mapping[int, SampleAxis], segments: Segments
-) -> Any:
-    """The function on equally long segments of alike weights at once; None where they are not, or torch has no rule for it."""
+def _at_once(func: Callable[..., Any], leaves: list[Any], spec: Any, axes: Mapping[int, SampleAxis], segments: Segments) -> Any:
+    """One call for equally long segments with weights of one kind; None if they differ or torch has no batching rule."""
     count, alike = segments.counts[0], segments.even
     regular = all(
-        rows.owners is None and leaves[place].shape[rows.axis] == rows.inner * segments.size for place, rows in followed.items()
+        axis.owners is None and leaves[place].shape[axis.axis] == axis.inner * segments.size for place, axis in axes.items()
     )
-    if alike < FEW or not regular or "conv" in getattr(func, "__name__", "") or segments.size > count * alike:
+    if alike < MIN_SEGMENTS or not regular or "conv" in getattr(func, "__name__", "") or segments.size > count * alike:
         return None
     stacks = {}
     for place, leaf in enumerate(leaves):
@@ -74,13 +75,13 @@ def _at_once(
             if stack is None:
                 return None
             stacks[place] = stack
-    parts = {place: (leaves[place].unflatten(rows.axis, (alike, -1)), rows.axis) for place, rows in followed.items()}
+    parts = {place: (leaves[place].unflatten(axis.axis, (alike, -1)), axis.axis) for place, axis in axes.items()}
     seen: list[tuple[list[Any], Any]] = []
 
     def one(own: Sequence[Any]) -> list[Tensor]:
         given = [
-            tag(leaf, SampleAxis(followed[place].axis, followed[place].inner))
-            if place in followed
+            tag(leaf, SampleAxis(axes[place].axis, axes[place].inner))
+            if place in axes
             else one_of_equals(leaf, segments.size, count)
             for place, leaf in enumerate(own)
         ]
@@ -100,70 +101,60 @@ def _at_once(
         return None
     found, out_spec = seen[0]
     whole = []
-    for rows in found:
-        if not isinstance(rows, (SampleAxis, Untracked)):
-            whole.append(rows)
+    for axis in found:
+        if not isinstance(axis, (SampleAxis, Untracked)):
+            whole.append(axis)  # a leaf that is no tensor
             continue
         result = next(results)
-        if isinstance(rows, Untracked):
-            return None  # the calls one by one say what is wrong
-        whole.append(result.movedim(0, rows.axis).flatten(rows.axis, rows.axis + 1))
+        if isinstance(axis, Untracked):
+            return None  # one call for each segment raises the error
+        whole.append(result.movedim(0, axis.axis).flatten(axis.axis, axis.axis + 1))
     return tree_unflatten(whole, out_spec)
 
 
 def by_experts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`grouped_mm` of tokens sorted by expert: the tokens of each segment with its own experts, the groups counted anew."""
+    """`grouped_mm` of tokens sorted by expert, with each segment's own experts for its tokens."""
     x, weight, *rest = args
     offs = rest[0] if rest else kwargs.get("offs")
-    rows = sample_axis_of(x)
-    if (
-        not isinstance(weight, Placeholder)
-        or not isinstance(rows, SampleAxis)
-        or rows.axis != 0
-        or not isinstance(offs, Tensor)
-    ):
+    axis = sample_axis_of(x)
+    if not (isinstance(weight, Placeholder) and isinstance(axis, SampleAxis) and axis.axis == 0 and isinstance(offs, Tensor)):
         raise AdaptError(
             "grouped_mm meets a parameter that differs by sample in a form in which its tokens cannot be told apart. Give this "
             "call samples of one adapter, bank[name](...)."
         )
-    segment = weight.segments.segment_of(owner_index(rows, x.shape[0], weight.segments.size, x.device))
+    segment = weight.segments.segment_of(owner_index(axis, x.shape[0], weight.segments.size, x.device))
     expert = torch.bucketize(torch.arange(x.shape[0], device=x.device), offs.to(torch.int64), right=True)
-    parts, places = [], []
+    parts, indices = [], []
     for index in range(len(weight.segments.counts)):
         own = (segment == index).nonzero().squeeze(-1)
         counts = torch.bincount(expert[own], minlength=offs.shape[0])[: offs.shape[0]]
         ends = counts.cumsum(0).to(offs.dtype)
         if own.numel():
             parts.append(func(x.index_select(0, own), member(weight, index), **{**kwargs, "offs": ends}))
-            places.append(own)
-    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(places)))
+            indices.append(own)
+    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(indices)))
 
 
-def _split(tensor: Tensor, rows: SampleAxis, segments: Segments) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Each segment's rows of a tensor, and the order they were brought in, if they had to be."""
-    size = tensor.shape[rows.axis]
-    if rows.owners is None and size == rows.inner * segments.size:
-        return tensor.split([count * rows.inner for count in segments.counts], rows.axis), None
-    segment = segments.segment_of(owner_index(rows, size, segments.size, tensor.device))
+def _split(tensor: Tensor, axis: SampleAxis, segments: Segments) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Each segment's part of a tensor, and the order that it was sorted in; None if it did not have to be."""
+    size = tensor.shape[axis.axis]
+    if axis.owners is None and size == axis.inner * segments.size:
+        return tensor.split([count * axis.inner for count in segments.counts], axis.axis), None
+    segment = segments.segment_of(owner_index(axis, size, segments.size, tensor.device))
     order = torch.argsort(segment, stable=True)
     sizes = torch.bincount(segment, minlength=len(segments.counts)).tolist()
-    return tensor.index_select(rows.axis, order).split(sizes, rows.axis), order
+    return tensor.index_select(axis.axis, order).split(sizes, axis.axis), order
 
 
-def _joined(parts: Sequence[Any], order: Tensor | None, func: Callable[..., Any]) -> Any:
+def _concatenated(parts: Sequence[Any], order: Tensor | None, func: Callable[..., Any]) -> Any:
     if not isinstance(parts[0], Tensor):
         return parts[0]
-    rows = sample_axis_of(parts[0])
-    if not isinstance(rows, SampleAxis):
+    axis = sample_axis_of(parts[0])
+    if not isinstance(axis, SampleAxis):
         name = getattr(func, "__name__", repr(func))
         raise AdaptError(
             f"{name} meets a parameter that differs by sample, and mixes the samples or is not known to keep them apart. Give "
             "this call samples of one adapter, bank[name](...)."
         )
-    whole = torch.cat(list(parts), dim=rows.axis)
-    return whole if order is None else whole.index_select(rows.axis, torch.argsort(order))
-
-
-def _all_of_one(rows: SampleAxis, part: Tensor) -> SampleAxis:
-    """The tag of rows that, to the functions of one segment, are of one sample."""
-    return SampleAxis(rows.axis, max(part.shape[rows.axis], 1))
+    whole = torch.cat(list(parts), dim=axis.axis)
+    return whole if order is None else whole.index_select(axis.axis, torch.argsort(order))

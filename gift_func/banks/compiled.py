@@ -1,4 +1,4 @@
-"""A mixed batch for `torch.compile`: every sample is a batch of one under `vmap`, its adapter gathered from a stack by index.
+"""Mixed batches for `torch.compile`: every sample is a batch of one under `vmap`, with its adapter's tensors from stacks.
 
 The graph depends on the bank and on shapes, and not on which adapters a batch uses.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapted_model import AdaptedModel
@@ -20,18 +19,18 @@ from ..network.copy_pool import CopyPool
 from ..network.frozen_base import FrozenBase
 from ..network.module_tree import ModuleTree
 from ..network.runner import Runner
-from ..stack_layout import share
+from ..stack_layout import make_layout, pad_to
 from .contiguous import lies_stacked, stacked
 from .samples import check_size, shared
 
 
 class CompiledBank:
-    """The adapters of a bank as stacks, and the network that reads a share of them for each sample.
+    """Stacks of a bank's adapters, and the network that runs on a share of them for each sample.
 
     Args:
         base: the frozen base.
-        tree: a private copy of its module tree, which becomes this object's.
-        models: the bank's adapters; the stacks are of their very tensors.
+        tree: a private copy of its module tree, which nothing else uses.
+        models: the bank's adapters; the stacks are views of their tensors, or are made from them in each call.
 
     Raises:
         AdaptError: if they cannot share a stack.
@@ -40,7 +39,7 @@ class CompiledBank:
     def __init__(self, base: FrozenBase, tree: ModuleTree, models: Sequence[AdaptedModel]) -> None:
         plain = AdaptedModel(Adapter(AdaptedParameters(base, ()), None, {})).train(tree.module.training)
         try:
-            self.layout, rows = share([*models, plain])
+            self.layout, tensors = make_layout([*models, plain])
         except AdaptError as error:
             raise AdaptError(f"under torch.compile the adapters of a bank must share a stack. {error}") from None
         self.size = len(models)
@@ -49,26 +48,26 @@ class CompiledBank:
         self.extras = self.layout.extras()
         self.once: dict[str, Tensor] = {}
         self._stacks: dict[str, Tensor] = {}
-        self._rows: dict[str, list[Tensor]] = {}
-        for name, made in rows.items():
+        self._unstacked: dict[str, list[Tensor]] = {}
+        for name, stack in tensors.items():
             if name in self.layout.once:
-                self.once[name] = made.detach()
+                self.once[name] = stack.detach()
                 continue
             own: list[Tensor] = [
-                model.adapter[name] if name in model.adapter else made[index].detach() for index, model in enumerate(models)
+                model.adapter[name] if name in model.adapter else stack[index].detach() for index, model in enumerate(models)
             ]
-            if all(tensor.shape == made.shape[1:] for tensor in own) and lies_stacked(own):
+            if all(tensor.shape == stack.shape[1:] for tensor in own) and lies_stacked(own):
                 with torch.enable_grad():
                     self._stacks[name] = stacked(own, lasting=True)
             else:
-                self._rows[name] = own
-        self._shapes = {name: made.shape[1:] for name, made in rows.items()}
+                self._unstacked[name] = own
+        self._shapes = {name: stack.shape[1:] for name, stack in tensors.items()}
 
     def __call__(self, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network on a batch.
 
         Args:
-            index: int64 `(batch,)`, which adapter each sample has, -1 for none.
+            index: the index of each sample's adapter, int64 `(batch,)`; -1 for the base alone.
             args: positional arguments.
             kwargs: keyword arguments.
         """
@@ -79,9 +78,9 @@ class CompiledBank:
         if alike is None:
             raise AdaptError(f"an argument has two axes of length {size}, so it cannot be told which of them is the batch's")
         mapped = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place not in alike]
-        some = index.clamp(min=0)
-        shares = {name: self._stack(name)[some] for name in self._shapes if name not in self.once}
-        # The last share of the extras is that of the base alone.
+        clamped = index.clamp(min=0)
+        shares = {name: self._stack(name)[clamped] for name in self._shapes if name not in self.once}
+        # The last share of the extras is for the base alone.
         extras = {name: tensor[torch.where(index < 0, self.size, index)] for name, tensor in self.extras.items()}
         form: list[Any] = []
 
@@ -97,26 +96,17 @@ class CompiledBank:
             return [leaf for leaf in flat if isinstance(leaf, Tensor)]
 
         found = torch.vmap(one, randomness="different")(shares, extras, [leaves[place] for place in mapped])
-        rest, (others, out_spec) = iter(found), form[0]
-        return tree_unflatten([_batch(next(rest)) if leaf is None else leaf for leaf in others], out_spec)
+        tensors, (others, out_spec) = iter(found), form[0]
+        return tree_unflatten([_batch(next(tensors)) if leaf is None else leaf for leaf in others], out_spec)
 
     def _stack(self, name: str) -> Tensor:
-        found = self._stacks.get(name)
-        if found is not None:
-            return found
-        shape = self._shapes[name]
-        return torch.stack([_padded(tensor, shape) for tensor in self._rows[name]])
-
-
-def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape == shape:
-        return tensor
-    after = [(0, m - n) for n, m in zip(tensor.shape, shape, strict=True)]
-    return F.pad(tensor, [n for pair in reversed(after) for n in pair])
+        if name in self._stacks:
+            return self._stacks[name]
+        return torch.stack([pad_to(tensor, self._shapes[name]) for tensor in self._unstacked[name]])
 
 
 def _batch(leaf: Tensor) -> Tensor:
-    """An output of batches of one, `(batch, 1, ...)`, as one of the batch."""
+    """An output of batches of one, `(batch, 1, ...)`, as an output of the batch."""
     if leaf.ndim < 2 or leaf.shape[1] != 1:
         raise AdaptError(
             f"under torch.compile each sample runs as a batch of one, and an output of it has shape {tuple(leaf.shape[1:])}, "

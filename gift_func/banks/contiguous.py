@@ -1,4 +1,4 @@
-"""Tensors of several adapters next to each other in memory, so that those of a batch are one stack as they lie."""
+"""Lays the tensors of several adapters next to each other in memory, so that they are one stack without a copy."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ from ..network.frozen_base import FrozenBase
 
 
 def side_by_side(adapters: Sequence[Adapter], base: FrozenBase | None = None) -> list[Adapter]:
-    """The same adapters with their tensors copied, those of one name and shape next to each other in memory.
-
-    A batch that uses all of them then needs no copy of any: their tensors are one stack as they lie.
+    """The same adapters with copied tensors, those of one name and shape next to each other in memory.
 
     Args:
         adapters: adapters of bases that share their tensors.
-        base: the one that all are put on; None leaves each on its own.
+        base: the base of the copies; None for each adapter's own.
     """
-    found: list[dict[str, Tensor]] = [dict(adapter.tensors) for adapter in adapters]
-    for name, owners, slab in _slabs(adapters):
-        for index, row in zip(owners, slab.unbind(0), strict=True):
-            found[index][name] = nn.Parameter(row.detach(), requires_grad=adapters[index].tensors[name].requires_grad)
-    return [adapter.replace_tensors(own, base) for adapter, own in zip(adapters, found, strict=True)]
+    copies: list[dict[str, Tensor]] = [dict(adapter.tensors) for adapter in adapters]
+    for name, indices in _alike(adapters):
+        with lasting_outside(), torch.no_grad():
+            stack = torch.stack([adapters[index].tensors[name] for index in indices])
+        for index, tensor in zip(indices, stack.unbind(0), strict=True):
+            copies[index][name] = nn.Parameter(tensor.detach(), requires_grad=adapters[index].tensors[name].requires_grad)
+    return [adapter.replace_tensors(tensors, base) for adapter, tensors in zip(adapters, copies, strict=True)]
 
 
 def lay_side_by_side(adapters: Sequence[Adapter]) -> None:
-    """Move the tensors of adapters next to each other in memory; the parameters stay the same objects."""
-    for name, owners, slab in _slabs(adapters):
-        for index, row in zip(owners, slab.unbind(0), strict=True):
-            adapters[index].tensors[name].data = row
+    """Move the tensors of adapters next to each other in memory, unless they are; the parameters stay the same objects."""
+    for name, indices in _alike(adapters):
+        tensors = [adapters[index].tensors[name] for index in indices]
+        if not lies_stacked(tensors):
+            with lasting_outside(), torch.no_grad():
+                stack = torch.stack(tensors)
+            for tensor, moved in zip(tensors, stack.unbind(0), strict=True):
+                tensor.data = moved
     for adapter in adapters:
-        adapter.forget_weights()
+        adapter.clear_cached_weights()
 
 
-def _slabs(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], Tensor]]:
-    """For all tensors of one name and shape that name, which adapters have one, and their values as one stack."""
+def _alike(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int]]]:
+    """For all tensors of one name, shape, dtype and device the name, and the indices of the adapters."""
     groups: dict[tuple[str, torch.Size, torch.dtype, torch.device], list[int]] = {}
     for index, adapter in enumerate(adapters):
         for name, tensor in adapter.tensors.items():
             groups.setdefault((name, tensor.shape, tensor.dtype, tensor.device), []).append(index)
-    for (name, *_), owners in groups.items():
-        with lasting_outside(), torch.no_grad():
-            yield name, owners, torch.stack([adapters[index].tensors[name] for index in owners])
+    return ((name, indices) for (name, *_), indices in groups.items())
 
 
 def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
-    """Tensors of one shape as one, `(K, ...)`: without a copy if they lie at equal distances in one memory.
+    """Tensors of one shape as one stack, `(K, ...)`; without a copy if they are at equal distances in one memory.
 
     Args:
-        tensors: of one shape.
-        lasting: let a stack without a copy be of use after the tensors were written to, as an optimizer does. Autograd then
-            cannot notice a write between a forward and its backward.
+        tensors: the tensors.
+        lasting: keep a stack without a copy usable after the tensors were written to, as by an optimizer. Autograd then
+            does not detect writes between forward and backward.
     """
-    whole = None if lasting else _rows_of_stack(tensors)
-    if whole is not None:
-        return whole
+    parts = None if lasting else _parts_of_stack(tensors)
+    if parts is not None:
+        return parts
     if len(tensors) == 1 and not lasting:
         return tensors[0].unsqueeze(0)
     if any(map(is_transformed, tensors)):
@@ -68,24 +70,24 @@ def stacked(tensors: Sequence[Tensor], lasting: bool = False) -> Tensor:
     return made
 
 
-def _rows_of_stack(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The parameter that the tensors are rows of, or these rows of it; None if they are no rows of one."""
+def _parts_of_stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The stacked parameter that the tensors are views of, or a selection of it; None if they are no such views."""
     whole = tensors[0]._base
     if whole is None or not isinstance(whole, nn.Parameter) or any(tensor._base is not whole for tensor in tensors):
         return None
     shape, strides = tensors[0].shape, tensors[0].stride()
-    for rows in (whole, whole.mT) if whole.ndim > 2 else (whole,):
-        places = [divmod(int(tensor.storage_offset() - rows.storage_offset()), rows.stride(0)) for tensor in tensors]
-        if rows.shape[1:] == shape and rows.stride()[1:] == strides and not any(rest for _, rest in places):
-            index = [place for place, _ in places]
-            if index == list(range(len(rows))):
-                return rows
-            return rows.index_select(0, torch.tensor(index, device=rows.device))
+    for stack in (whole, whole.mT) if whole.ndim > 2 else (whole,):
+        offsets = [divmod(int(tensor.storage_offset() - stack.storage_offset()), stack.stride(0)) for tensor in tensors]
+        if stack.shape[1:] == shape and stack.stride()[1:] == strides and not any(remainder for _, remainder in offsets):
+            index = [place for place, _ in offsets]
+            if index == list(range(len(stack))):
+                return stack
+            return stack.index_select(0, torch.tensor(index, device=stack.device))
     return None
 
 
 def lies_stacked(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape lie at equal distances in one memory."""
+    """Whether tensors of one shape are at equal distances in one memory."""
     first, second = tensors[0], tensors[1] if len(tensors) > 1 else tensors[0]
     step = second.data_ptr() - first.data_ptr()
     storage, strides = first.untyped_storage().data_ptr(), first.stride()
@@ -99,7 +101,7 @@ def lies_stacked(tensors: Sequence[Tensor]) -> bool:
 
 
 class _Stack(torch.autograd.Function):
-    """`torch.stack`; of tensors that already are a stack a view, and gradients that are laid out as they are."""
+    """`torch.stack`, but a view of tensors that are a stack in memory, and with contiguous gradients."""
 
     @staticmethod
     def forward(ctx: object, lasting: bool, *tensors: Tensor) -> Tensor:
@@ -111,5 +113,5 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Rows laid out as the parameters are become their gradients as they are; others would be copied one by one.
+        # Autograd copies gradients that are not laid out as the parameters.
         return None, *grad.contiguous().unbind(0)

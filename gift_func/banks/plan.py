@@ -1,4 +1,4 @@
-"""Which adapters a batch has in which order, and what is bound in the parameters' places for it."""
+"""The adapters of a batch and their order, and the tensors to bind for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +15,10 @@ from ..adapter import Adapter
 from ..caching import LRU
 from ..network.fast_path import FastPath
 from ..network.frozen_base import FrozenBase
-from ..network.modes import Modes
-from ..network.module_tree import ModuleTree
+from ..network.module_tree import Modes, ModuleTree
 from ..tracking.replay import Answer
 from ..tracking.sample_axis import SampleAxis
+from ..weights import Weight
 from .routed_weight import RoutedWeight
 from .routing import RoutedSlot
 from .segments import Segments, Use
@@ -30,15 +31,15 @@ class Batch:
     """The adapters of one call's samples.
 
     Attributes:
-        adapters: each sample's; None for the base alone.
-        order: the samples ordered by adapter, those without one last; None if they come so.
+        adapters: the adapter of each sample; None for the base alone.
+        order: the indices of the samples sorted by adapter, those without one last; None if they are sorted.
     """
 
     adapters: tuple[Adapter | None, ...]
     order: tuple[int, ...] | None
 
     def segments(self, ordered: bool) -> list[Segment]:
-        """Neighbours of one adapter, and how many they are."""
+        """The adapter of each segment, and its number of samples."""
         adapters = [self.adapters[i] for i in self.order] if ordered and self.order else self.adapters
         found: list[Segment] = []
         for adapter in adapters:
@@ -50,9 +51,9 @@ class Batch:
 
 
 def batch_by_address(adapters: Sequence[Adapter | None]) -> Batch:
-    """The adapters of one call's samples, ordered as they lie in memory, None last.
+    """The adapters of one call's samples, sorted by memory address, None last.
 
-    A batch that uses all adapters of a bank then finds their tensors stacked as they lie, in whatever order it names them.
+    If a batch uses all adapters of a bank, their tensors then are one stack in memory, and need no copy.
     """
     distinct = dict.fromkeys(adapter for adapter in adapters if adapter is not None)
     rank = {adapter: place for place, adapter in enumerate(sorted(distinct, key=lambda adapter: adapter.address))}
@@ -60,10 +61,10 @@ def batch_by_address(adapters: Sequence[Adapter | None]) -> Batch:
 
 
 def batch_by_name(names: Sequence[str | None], adapters: Mapping[str, Adapter]) -> Batch:
-    """The adapters of one call's samples, ordered by name, None last.
+    """The adapters of one call's samples, sorted by name, None last.
 
-    A row's last bits may depend on its place among the others, so where adapters come and go the order must not depend on
-    where they lie in memory.
+    The last bits of a sample's result may depend on the order, so where adapters are loaded and dropped it must not depend
+    on memory addresses.
     """
     found = [None if name is None else adapters[name] for name in names]
     return _ordered(found, [(name is None, name or "") for name in names])
@@ -80,8 +81,8 @@ class RecordedPath:
 
     Attributes:
         uses: the routed parameters used and the dimensions of what they were applied to, in order.
-        axes: where the samples lie in each tensor of the output; None for one that is not of the batch.
-        answers: the numbers that were read of tensors.
+        axes: the sample axis of each tensor of the output; None for one that does not depend on the batch.
+        answers: the numbers that were read from tensors.
     """
 
     uses: tuple[Use, ...]
@@ -91,14 +92,14 @@ class RecordedPath:
 
 @dataclass(eq=False)
 class Plan:
-    """What is bound in the network's places for one sequence of segments.
+    """The tensors to bind for one sequence of segments.
 
     Attributes:
         routed: the parameters that differ by segment.
-        fast_path: what torch's fused kernels mean for them.
-        apart: whether an adapted parameter is one of a module that runs all samples through one kernel (an LSTM).
-        paths: what tracked calls recorded, by the kind of call.
-        divergences: how often a call did not take its kind's recorded path.
+        fast_path: the tensors to bind if torch's fused kernels may run.
+        apart: whether an adapted parameter is of a module that runs all samples through one kernel (an LSTM).
+        paths: the recorded path of each kind of call.
+        divergences: how many calls of each kind diverged from the recorded path.
     """
 
     routed: dict[str, RoutedWeight]
@@ -110,45 +111,44 @@ class Plan:
 
     @contextmanager
     def slots(self, segments: Segments) -> Iterator[dict[str, Tensor]]:
-        """The placeholders of one call."""
+        """The slots of one call."""
         try:
-            own = self._spare.pop()
+            slots = self._spare.pop()
         except IndexError:
-            own = {name: RoutedSlot.holding(routed, segments) for name, routed in self.routed.items()}
-        for slot in own.values():
+            slots = {name: RoutedSlot.for_call(routed, segments) for name, routed in self.routed.items()}
+        for slot in slots.values():
             slot.segments = segments
-        yield {**self.fast_path.guarded(), **own}
+        yield {**self.fast_path.guarded(), **slots}
         if not segments.outlived:
-            self._spare.append(own)  # after an error they may live on in a traceback, and are left to it
+            self._spare.append(slots)  # not after an error, whose traceback may refer to them
 
 
 class Plans:
-    """The plans of the last few sequences of adapters; safe under threads.
+    """A cache of the plans of the last sequences of adapters; safe under threads.
 
     Args:
         base: the frozen base.
         tree: the network.
-        size: how many plans are kept.
+        size: how many plans are cached.
     """
 
     def __init__(self, base: FrozenBase, tree: ModuleTree, size: int = 8) -> None:
         self.base = base
         self.tree = tree
-        self._known: LRU[tuple[tuple[Adapter | None, ...], tuple[int, ...]], tuple[int, Plan]] = LRU(size)
+        self._known: LRU[tuple[Adapter | None, ...], tuple[list[dict[str, Weight] | None], Plan]] = LRU(size)
 
     def of(self, adapters: Sequence[Adapter | None], modes: Modes) -> Plan:
-        """The plan for segments of these adapters."""
-        key = tuple(adapters), tuple(adapter.generation for adapter in adapters if adapter is not None)
-        epoch = self.base.watch()
+        """The plan for segments of these adapters, in the order given."""
+        self.base.watch()
+        key, weights = tuple(adapters), [None if adapter is None else adapter.weights(modes) for adapter in adapters]
         known = self._known.get(key)
-        if known is not None and known[0] == epoch:
+        if known is not None and all(map(is_, known[0], weights)):
             return known[1]
-        weights = [{} if adapter is None else adapter.weights(modes) for adapter in adapters]
-        names = dict.fromkeys(name for found in weights for name in found)
+        names = dict.fromkeys(name for found in weights for name in found or ())
         base, tree = self.base.weights, self.tree
-        routed = {name: RoutedWeight([found.get(name, base[name]) for found in weights], name) for name in names}
+        routed = {name: RoutedWeight([(found or base).get(name, base[name]) for found in weights], name) for name in names}
         recurrent = any(isinstance(tree.places[name][0][0], (nn.RNNBase, nn.RNNCellBase)) for name in names)
         plan = Plan(routed, FastPath(self.base, tree, list(names)), recurrent)
-        if all(adapter is None or adapter.keeps_weights(modes) for adapter in adapters):
-            self._known.put(key, (epoch, plan))
+        if all(adapter is None or adapter.has_cached_weights(modes) for adapter in adapters):
+            self._known.put(key, (weights, plan))
         return plan

@@ -1,4 +1,4 @@
-"""A weight that differs by sample, and the placeholder that stands for it in one call."""
+"""A weight for each segment of a batch, and its slot."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .stacked_weights import StackedWeights
 
 
 class RoutedWeight(Weight):
-    """A weight for each segment of a batch; as a whole it has a shape, and no value.
+    """A weight for each segment of a batch. It has a shape, but no single dense value.
 
     Args:
-        members: one for each segment.
-        name: of the parameter, for errors.
+        members: the segments' weights.
+        name: the parameter's name, for errors.
     """
 
     def __init__(self, members: Sequence[Weight], name: str) -> None:
@@ -50,21 +50,21 @@ class RoutedWeight(Weight):
         return any(member.requires_grad for member in self.members)
 
     def stacked(self, segments: int) -> StackedWeights | None:
-        """The first segments' weights as one of stacked tensors, if they are alike."""
+        """The first segments' weights as one weight of stacked tensors; None if they differ in kind."""
         known = self._stacks.get(segments)
         if known is None:
             known = self._stacks[segments] = StackedWeights.of(self.members[:segments]) or False
         return known or None
 
     def cannot_stack(self, segments: int) -> None:
-        """Remember that torch has no batching rule for what is done with the stack."""
+        """Do not stack so many segments again, since torch has no batching rule for the function."""
         self._stacks[segments] = False
 
     def low_rank(self, transposed: bool = False) -> SegmentedLowRank | None:
-        """The segments' factors in one piece, if all that have any are low-rank changes of one matrix.
+        """The segments' stacked factors, if all are the base's matrix or low-rank changes of it.
 
         Args:
-            transposed: of the weight's transpose.
+            transposed: whether for the weight's transpose.
         """
         known = self._low_rank.get(transposed)
         if known is None or (isinstance(known, SegmentedLowRank) and not known.is_good):
@@ -73,11 +73,11 @@ class RoutedWeight(Weight):
 
 
 class Placeholder(Slot):
-    """What stands in a routed parameter's place in one call. A subclass says what functions do with it.
+    """The slot of a routed weight in one call, without the rules for torch functions.
 
     Attributes:
         segments: the call's segments.
-        route: what a torch function, called with these arguments, does with the placeholders among them.
+        route: runs a torch function whose arguments have such slots.
     """
 
     weight: RoutedWeight
@@ -85,8 +85,8 @@ class Placeholder(Slot):
     route: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
-    def holding(cls, weight: RoutedWeight, segments: Segments) -> Self:
-        """A new placeholder."""
+    def for_call(cls, weight: RoutedWeight, segments: Segments) -> Self:
+        """A new slot."""
         plain = Slot.of(weight)
         made = plain.as_subclass(cls)
         made.__dict__.update(plain.__dict__)
@@ -111,7 +111,7 @@ class Placeholder(Slot):
 
 
 def member(leaf: Any, segment: int) -> Any:
-    """What stands for a routed parameter in one segment; anything else as it is."""
+    """One segment's tensor of a routed weight; anything else as it is."""
     if not isinstance(leaf, Placeholder):
         return leaf
     weight = leaf.weight.members[segment]
@@ -119,7 +119,7 @@ def member(leaf: Any, segment: int) -> Any:
 
 
 def one_of_equals(leaf: Any, size: int, count: int) -> Any:
-    """A tensor that was expanded to the batch's size, cut to `count` of its equal rows; anything else as it is."""
+    """A tensor that was expanded along its first axis to the batch's size, cut to `count`; anything else as it is."""
     if isinstance(leaf, Slot) or not isinstance(leaf, Tensor) or leaf.ndim == 0:
         return leaf
     return leaf[:count] if leaf.shape[0] == size and leaf.stride(0) == 0 else leaf

@@ -1,9 +1,9 @@
-"""A parameter whose value differs by sample: what each torch function does with one.
+"""What torch functions do with a routed weight.
 
-The rows of a batch lie in segments, neighbours of one adapter each. A function that is given a routed parameter runs on each
-segment's rows with that segment's own weight, and the results are put together again: so every function and every method
-is routed, by the rules of a single adapter. A linear layer whose weights are all low-rank does it in one piece. Where the
-rows are is not guessed from shapes: the batch is tracked (`tracking.sample_axis`) from the network's input on.
+A function of a routed weight runs on each segment's samples with that segment's own weight, by the slot rules of a single
+adapter, and the outputs are concatenated: so all functions and all methods are supported. A linear layer whose weights are
+all low-rank needs a few products for all segments. The sample axis of a tensor is never guessed from its shape: it is
+tracked (`tracking.sample_axis`) from the network's input on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REMEDY = "Give this call samples of one adapter, bank[name](...)."
 
 
 class ApartError(Exception):
-    """The adapters of a batch cannot share a pass: each must take one of its own."""
+    """The adapters of a batch cannot share a pass, so there must be one for each."""
 
 
 def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,15 +52,15 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         for place, leaf in enumerate(leaves)
         if isinstance(leaf, Tensor) and not isinstance(leaf, Slot)
     ]
-    followed = {place: rows for place, rows in found if isinstance(rows, SampleAxis)}
-    lost = next((rows for _, rows in found if isinstance(rows, Untracked)), None)
+    axes = {place: axis for place, axis in found if isinstance(axis, SampleAxis)}
+    untracked = next((axis for _, axis in found if isinstance(axis, Untracked)), None)
     name = getattr(func, "__name__", repr(func))
-    if lost is not None:
+    if untracked is not None:
         raise AdaptError(
             f"{weight.name!r} differs by sample, and {name} meets it with a tensor whose samples cannot be told apart "
-            f"since {lost.function or 'a function that mixed them'}. {_REMEDY}"
+            f"since {untracked.function or 'a function that mixed them'}. {_REMEDY}"
         )
-    if not followed:
+    if not axes:
         for place, _ in found:
             leaf = leaves[place] = one_of_equals(leaves[place], segments.size, 1)
             if _may_be_of_the_batch(leaf, segments.size):
@@ -70,17 +70,17 @@ def _route(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
                     f"shows (numpy or a scripted function hides it). {_REMEDY}"
                 )
         return _each(func, leaves, spec, segments)
-    return by_segment(func, leaves, spec, followed, segments)
+    return by_segment(func, leaves, spec, axes, segments)
 
 
 class RoutedSlot(Placeholder):
-    """The placeholder of a routed parameter."""
+    """The slot of a routed weight."""
 
     route = _route
 
 
 def _with_padding_of_samples(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of attention: its padding mask is `(samples, keys)` even where it could not be told in the input."""
+    """The arguments of attention with a tagged padding mask, which is `(samples, keys)` even if that was unclear before."""
     mask = kwargs.get("key_padding_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and sample_axis_of(mask) is None and mask.stride(0) != 0:
         return {**kwargs, "key_padding_mask": tag(mask, SampleAxis(0, 1))}
@@ -92,11 +92,11 @@ def _look_for_checkpoints(slots: Sequence[RoutedSlot]) -> None:
     if call is not None and call.grad:
         call.look(slot.weight for slot in slots)
         if call.checkpointed:
-            raise ApartError  # the checkpoint runs it again when the rows are no longer known
+            raise ApartError  # the checkpoint runs it again in backward, where the sample axis is unknown
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
-    """The layer in one piece, or None where its weights are not all low-rank."""
+    """The layer for all segments at once; None if its weights are not all low-rank."""
     if not isinstance(weight, RoutedSlot) or isinstance(input, Slot) or isinstance(bias, Slot) or input.ndim < 2:
         return None
     changes, segments = weight.weight.low_rank(transposed), weight.segments
@@ -122,7 +122,7 @@ _PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 
 
 def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, segments: Segments) -> Any:
-    """The function of routed parameters alone: a routed parameter again."""
+    """A function of routed weights alone, whose tensors are routed weights again."""
     results = []
     for index in range(len(segments.counts)):
         own = [member(leaf, index) for leaf in leaves]
@@ -137,13 +137,13 @@ def _each(func: Callable[..., Any], leaves: list[Any], spec: Any, segments: Segm
             continue
         values = [flat[place] for flat, _ in results]
         weights = [value.weight if isinstance(value, Slot) else Dense(value) for value in values]
-        made.append(RoutedSlot.holding(RoutedWeight(weights, name), segments))
+        made.append(RoutedSlot.for_call(RoutedWeight(weights, name), segments))
     return tree_unflatten(made, out_spec)
 
 
 def _may_be_of_the_batch(tensor: Tensor, size: int) -> bool:
-    """Whether an untagged tensor may have been made from the batch by a function that a mode cannot see."""
+    """Whether an untagged tensor may have been made from the batch by a function that a mode does not see."""
     if tensor.ndim == 0 or isinstance(tensor, nn.Parameter):
         return False
-    rows = tensor.shape[0]
-    return tensor.is_floating_point() or tensor.is_complex() or rows == size or (tensor.ndim == 1 and rows % size == 0)
+    length = tensor.shape[0]
+    return tensor.is_floating_point() or tensor.is_complex() or length == size or (tensor.ndim == 1 and length % size == 0)

@@ -1,4 +1,4 @@
-"""The low-rank changes of a routed weight in one piece, so that a linear layer of a mixed batch is a few products."""
+"""Stacks the low-rank changes of a routed weight, so that a linear layer of a mixed batch is a few products."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SegmentedLowRank:
 
     Args:
         base: W, `(out, in)`.
-        changes: the segments' weights, those without a change left out.
+        changes: the weights of the segments that have a change.
 
     Attributes:
-        left: B, `(K, out, r)`; of smaller ranks, filled up with zeros.
+        left: B, `(K, out, r)`; smaller ranks are padded with zeros.
         right: A, `(K, r, in)`.
         scale: s.
     """
@@ -42,22 +42,22 @@ class SegmentedLowRank:
         if any(scale != scales[0] for scale in scales):
             lefts = [left * (float(scale) / self.scale) for left, scale in zip(lefts, scales, strict=True)]
         self.left, self.right = stacked(lefts), stacked(rights)
-        views = _lies_in(self.left, changes[0].left) and _lies_in(self.right, changes[0].right)
+        views = _shares_memory(self.left, changes[0].left) and _shares_memory(self.right, changes[0].right)
         self._copied = len(changes) > 1 and not views
-        # Tensors that lie in one memory count their versions together.
+        # Views of one memory share their version.
         self._sources = [t for change in (changes[:1] if views else changes) for t in (change.left, change.right)]
         self._versions = self._read_versions()
 
     @property
     def is_good(self) -> bool:
-        """Whether the stack is what the adapters' tensors are now, and carries gradients to them where they are wanted."""
-        # A view of tensors that an optimizer wrote to since is of no more use to autograd, though its values are the new ones;
-        # an ensemble's own stacks are no views.
+        """Whether the stack has the present values of the adapters' tensors, and their gradients if gradients are enabled."""
+        # Autograd refuses a view of tensors that an optimizer wrote to, though it has the new values. The stacks of an
+        # ensemble are no views.
         whole = isinstance(self.left, nn.Parameter) and isinstance(self.right, nn.Parameter)
         return whole or (self._read_versions() == self._versions and not (self._copied and torch.is_grad_enabled()))
 
     def linear(self, segments: Segments, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ W_n.mT + bias`, n the segment of the row of x, which lie along its first axis in order."""
+        """`x @ W_n.mT + bias`, where n is the segment; the first axis of x is the sample axis, in order."""
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         sizes = segments.sizes(len(self._changes), flat.shape[0])
         y = mixed_linear(flat, self.base, bias, self.left, self.right, self.scale, sizes)
@@ -68,10 +68,10 @@ class SegmentedLowRank:
 
     @staticmethod
     def of(members: Sequence[Weight], transposed: bool = False) -> SegmentedLowRank | None:
-        """The members' stack, or that of their transposes; made so that it carries gradients and may be kept.
+        """The stack of weights, or of their transposes; it has gradients and may be cached.
 
         Returns:
-            None where the members are of other kinds, or one without a change stands before one with.
+            None for weights of other kinds, or if one without a change comes before one with.
         """
         with lasting_outside(), torch.enable_grad():
             return _stack([member.mT for member in members] if transposed else members)
@@ -82,7 +82,11 @@ def _stack(members: Sequence[Weight]) -> SegmentedLowRank | None:
     changes = []
     for member in members:
         plain = member.base if isinstance(member, LowRank) else member
-        if not isinstance(plain, Dense) or plain.tensor.ndim != 2 or (base is not None and not _same(base, plain.tensor)):
+        if (
+            not isinstance(plain, Dense)
+            or plain.tensor.ndim != 2
+            or (base is not None and not _is_same_view(base, plain.tensor))
+        ):
             return None
         base = plain.tensor
         if isinstance(member, LowRank):
@@ -96,9 +100,9 @@ def _stack(members: Sequence[Weight]) -> SegmentedLowRank | None:
     return SegmentedLowRank(base, changes)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
-def _lies_in(whole: Tensor, part: Tensor) -> bool:
+def _shares_memory(whole: Tensor, part: Tensor) -> bool:
     return whole.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()

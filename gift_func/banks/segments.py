@@ -1,4 +1,4 @@
-"""How the samples of one call are divided among adapters, and which routed weights the call has used so far."""
+"""The segments of one call, and the routed weights that it has used so far."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Segments:
 
     Args:
         counts: how many samples each segment has, in order.
-        expected: the uses that an earlier call of the same kind recorded; None for a call that is tracked.
+        expected: the uses that were recorded in an earlier call of the same kind; None for a call that is tracked.
 
     Attributes:
         size: the number of samples.
-        even: how many segments are as long as the first, up to the first that is not.
-        uses: the uses so far; None once a weight was applied to samples that lie elsewhere.
-        outlived: whether the network runs on after the call, its forward being a generator.
+        even: how many of the first segments are of one length.
+        uses: the uses so far; None once a weight was applied to a tensor with the samples elsewhere.
+        outlived: whether the network goes on running after the call, because its forward is a generator.
     """
 
     def __init__(self, counts: Sequence[int], expected: Sequence[Use] | None = None) -> None:
@@ -43,7 +43,7 @@ class Segments:
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def expect(self, uses: Sequence[Use] | None) -> None:
-        """Begin anew: with the uses of an earlier call, or None for one that is tracked."""
+        """Begin another call: with the uses of an earlier one, or None for a call that is tracked."""
         self.expected, self.uses = uses, []
 
     def segment_of(self, owners: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Segments:
         return torch.bucketize(owners.contiguous(), torch.tensor(self._ends, device=owners.device), right=True)
 
     def lead(self, name: str, x: Tensor) -> bool:
-        """Record that a weight is applied to a tensor, and tell whether the samples lie along its first axis, in order.
+        """Record that a weight is applied to a tensor; return whether the samples are on its first axis, in order.
 
         Raises:
             DivergedError: if the earlier call used another weight here, or on another kind of tensor.
@@ -65,15 +65,15 @@ class Segments:
             uses.append(self.expected[at])
             return True
         axis = sample_axis_of(x)
-        found = isinstance(axis, SampleAxis) and axis.axis == 0 and axis.owners is None and x.shape[0] == axis.inner * self.size
-        if not found:
+        leads = isinstance(axis, SampleAxis) and axis.axis == 0 and axis.owners is None and x.shape[0] == axis.inner * self.size
+        if not leads:
             self.uses = None
         elif uses is not None:
             uses.append(self._use(name, x))
-        return found
+        return leads
 
     def need_tracking(self) -> None:
-        """Record that a weight is used in a way that only a tracked call can serve.
+        """Record that a weight is used by a function that needs sample axes, so that the call must be tracked.
 
         Raises:
             DivergedError: if this call is not tracked.
@@ -83,13 +83,12 @@ class Segments:
         self.uses = None
 
     def sizes(self, segments: int, tokens: int) -> tuple[int, ...]:
-        """How many of `tokens` rows each of the first segments has."""
-        found = self._sizes.get((segments, tokens))
-        if found is None:
+        """How many of so many tokens each of the first segments has."""
+        if (segments, tokens) not in self._sizes:
             each = tokens // self.size
-            found = self._sizes[segments, tokens] = tuple(count * each for count in self.counts[:segments])
-        return found
+            self._sizes[segments, tokens] = tuple(count * each for count in self.counts[:segments])
+        return self._sizes[segments, tokens]
 
     def _use(self, name: str, x: Tensor) -> Use:
-        # Of a matrix the rows may be tokens, of which each sample has as many as the call has; otherwise beams.
+        # The first axis of a matrix may be of tokens, whose number differs from call to call; otherwise of beams.
         return name, x.ndim, 0 if x.ndim == 2 else x.shape[0] // self.size

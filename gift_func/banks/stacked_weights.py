@@ -1,4 +1,4 @@
-"""Weights of several adapters as one weight of stacked tensors, so that `torch.vmap` runs a function of all at once."""
+"""Stacks the weights of several adapters, so that `torch.vmap` runs a function of all at once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .contiguous import stacked
 
 
 class StackedWeights:
-    """Weights that one method makes of one base, alike but for their tensors.
+    """Weights that differ only in their tensors.
 
     Args:
         members: the weights.
 
     Attributes:
-        dims: for each tensor that they hold 0 if it is stacked, None if it is one and the same in all.
+        dims: for each of their tensors 0 if it is stacked, None if all weights share it.
     """
 
     def __init__(self, members: Sequence[Weight]) -> None:
@@ -28,22 +28,22 @@ class StackedWeights:
         self.dims = [None if all(leaf is column[0] for leaf in column) else 0 for column in zip(*every, strict=True)]
 
     def tensors(self) -> list[Tensor]:
-        """The tensors, stacked where they differ: without a copy where they lie so in memory."""
+        """The tensors, stacked where they differ; without a copy if they are one stack in memory."""
         columns = list(zip(*(member.leaves() for member in self._members), strict=True))
         return [column[0] if dim is None else stacked(column) for column, dim in zip(columns, self.dims, strict=True)]
 
     def slot(self, shares: Sequence[Tensor]) -> Slot:
-        """The placeholder of one member, by its share of the tensors."""
-        rest = iter(shares)
-        return Slot.of(self._members[0].map(lambda _: next(rest)))
+        """The slot of one member, from its share of the tensors."""
+        remaining = iter(shares)
+        return Slot.of(self._members[0].map(lambda _: next(remaining)))
 
     @staticmethod
     def of(members: Sequence[Weight]) -> StackedWeights | None:
-        """The members' stack; None where their tensors differ in number, shape or type."""
+        """The weights' stack; None if they differ in more than their tensors, or their tensors in number, shape or dtype."""
         kinds = [[(leaf.shape, leaf.dtype, leaf.device) for leaf in member.leaves()] for member in members]
         try:
             forms = {_form(member) for member in members}
-        except TypeError:  # a plain value that cannot be hashed, so that equal ones cannot be told
+        except TypeError:  # an attribute that cannot be hashed, and so not be compared here
             return None
         return StackedWeights(members) if len(forms) == 1 and all(kind == kinds[0] for kind in kinds) else None
 
@@ -57,16 +57,16 @@ def run_at_once(
     """A function under `torch.vmap` over the members of stacks.
 
     Args:
-        func: of the leaves, some of them replaced.
-        places: place of a leaf -> a tensor and the axis of it that is mapped.
-        stacks: place of a leaf -> the weights whose placeholders stand there.
-        leaves: all of them.
+        func: the function; it is given the leaves.
+        places: place of a leaf -> a tensor for it, and the axis that is mapped.
+        stacks: place of a leaf -> the weights for it.
+        leaves: the leaves for the other places.
 
     Returns:
-        What `func` returns, its tensors with the members in front.
+        The function's output, its tensors with the members as first axis.
 
     Raises:
-        RuntimeError: if torch has no batching rule for what the function does.
+        RuntimeError: if torch has no batching rule for an operation.
     """
     tensors_of = {place: stack.tensors() for place, stack in stacks.items()}
 
@@ -84,18 +84,18 @@ def run_at_once(
 
 
 def _form(weight: Weight) -> tuple[Any, ...]:
-    """What a weight is but for its tensors: its class, those inside it, and its plain values."""
+    """A weight without its tensors, to compare by: its class and other attributes, and those of the weights inside it."""
     parts: list[Any] = [type(weight)]
     for name, item in weight.__dict__.items():
         if isinstance(item, Weight):
             parts.append((name, _form(item)))
         elif not isinstance(item, Tensor):
-            parts.append((name, _called(item)))
+            parts.append((name, _comparable(item)))
     return tuple(parts)
 
 
-def _called(item: Any) -> Any:
-    """A value to compare by: of a function what it is made of, of a bound one whose it is."""
+def _comparable(item: Any) -> Any:
+    """An attribute to compare by: a function's code, closure and arguments, and the object of a bound method."""
     if not callable(item):
         return item
     owner: Callable[..., Any] | None = getattr(item, "__self__", None)

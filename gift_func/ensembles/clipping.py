@@ -1,4 +1,4 @@
-"""Clipping the gradient of every member of an ensemble by itself."""
+"""Clips the gradient norm of each member of an ensemble."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def clip_grad_norm_per_member(
 ) -> Tensor:
     """Scale each member's gradient down to a norm of at most `max_norm`, in place: `g_i ← g_i · min(1, c / (‖g_i‖ + 1e-6))`.
 
-    For each member it is what `torch.nn.utils.clip_grad_norm_` is for a model of its own.
+    The same as `torch.nn.utils.clip_grad_norm_` for each member.
 
     Args:
         ensemble: an ensemble, after `backward`.
         max_norm: c, one number or one for each member.
         norm_type: p of the norm; `inf` for the largest absolute value.
-        error_if_nonfinite: refuse norms that are not finite.
+        error_if_nonfinite: raise for norms that are not finite.
 
     Returns:
-        The members' norms before, shape `(N,)`.
+        The members' norms before clipping, `(N,)`.
 
     Raises:
-        AdaptError: if there is another number of norms than members, or, if asked for, where a norm is not finite; nothing
-            was scaled then.
+        AdaptError: if there is another number of norms than members, or with `error_if_nonfinite` where one is not finite;
+            nothing was scaled then.
 
     Example:
         >>> import torch, gift_func as gf
@@ -44,10 +44,10 @@ def clip_grad_norm_per_member(
     gradients = [parameter.grad for parameter in ensemble.trainable_parameters() if parameter.grad is not None]
     if not gradients:
         return torch.zeros(size)
-    home = gradients[0].device
-    norms = [torch.linalg.vector_norm(gradient.reshape(size, -1), norm_type, dim=1).to(home) for gradient in gradients]
+    device = gradients[0].device
+    norms = [torch.linalg.vector_norm(gradient.reshape(size, -1), norm_type, dim=1).to(device) for gradient in gradients]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type, dim=0)
-    limit = torch.as_tensor(max_norm, dtype=total.dtype, device=home)
+    limit = torch.as_tensor(max_norm, dtype=total.dtype, device=device)
     if limit.ndim and limit.shape != (size,):
         raise AdaptError(f"max_norm is one number or one for each of the {size} members, got shape {tuple(limit.shape)}")
     if error_if_nonfinite and not bool(total.isfinite().all()):

@@ -1,8 +1,8 @@
-"""An ensemble's stacked parameters as its members' own: what an optimizer that knows nothing of members is given.
+"""An ensemble's stacked parameters as parameters of each member, for optimizers that do not support stacked ones.
 
-Two ways. An optimizer that treats every number by itself sees all of a member's numbers as one row, so that a member costs
-it one tensor, however many the adapter has. Any other sees each tensor of each member as it is in a model of its own, without
-the zeros that fill up a smaller rank, as a view of the stacked one.
+An optimizer whose update is element-wise is given all numbers of a member as one vector, so that its cost does not depend
+on how many tensors an adapter has. Any other is given each tensor of each member as a view of the stacked one, without the
+zeros with which a smaller rank is padded.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..stack_layout import cut_to
 
-class Rows:
-    """Parameters of one element type and device, all of a member's numbers in one row.
+
+class MemberVectors:
+    """Parameters of one dtype and device, with all numbers of a member in one vector.
 
     Attributes:
         parameters: the stacked parameters by name.
-        leaves: a member's numbers, `(P,)`, one for each member.
-        spans: name -> the columns of a parameter.
+        names: their names.
+        leaves: each member's vector, `(P,)`.
+        spans: name -> the indices of a parameter's numbers in the vectors.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
+        self.names = list(parameters)
         first = next(iter(self.parameters.values()))
         start = 0
         self.spans: dict[str, slice] = {}
@@ -38,17 +42,12 @@ class Rows:
     def _views(self, matrix: Tensor) -> dict[str, Tensor]:
         return {name: matrix[:, self.spans[name]].view(p.shape) for name, p in self.parameters.items()}
 
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names."""
-        return list(self.parameters)
-
     def without_gradient(self) -> list[str]:
-        """The parameters that have none."""
+        """The names of the parameters without a gradient."""
         return [name for name, parameter in self.parameters.items() if parameter.grad is None]
 
     def link(self) -> None:
-        """Give the leaves their gradients: the parameters' are views of the same memory from then on."""
+        """Set the gradients of the leaves; the gradients of the parameters become views of the same memory."""
         if self.without_gradient():
             for leaf in self.leaves:
                 leaf.grad = None
@@ -64,30 +63,31 @@ class Rows:
             leaf.grad = row
 
     def load(self) -> None:
-        """Bring the parameters' values into the rows."""
+        """Copy the parameters' values to the vectors."""
         for name, parameter in self.parameters.items():
             self._value_views[name].copy_(parameter)
 
     def store(self) -> None:
-        """Bring the rows' values back."""
+        """Copy the vectors' values to the parameters."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self._value_views[name])
 
 
-class Views:
-    """One parameter, a view of it for each member that has it; a contiguous copy where a smaller rank makes gaps.
+class MemberViews:
+    """One parameter as a view for each member that has it, or a contiguous copy if the view of a smaller rank has gaps.
 
     Args:
-        name: its name.
+        name: the parameter's name.
         parameter: the stacked parameter.
-        shapes: each member's own shape of it, None for a member without it.
+        shapes: the shape of each member's tensor, None for a member without it.
 
     Attributes:
-        leaves: the members' tensors, in that shape.
+        names: the parameter's name.
+        leaves: the members' tensors.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, shapes: Sequence[torch.Size | None]) -> None:
-        self.name, self.parameter = name, parameter
+        self.names, self.parameter = [name], parameter
         self._shapes = shapes
         self._linked: Tensor | None = None
         self._is_linked = True
@@ -95,23 +95,15 @@ class Views:
             None if view is None else nn.Parameter(view.contiguous()) for view in self._views(parameter.detach())
         ]
 
-    @property
-    def names(self) -> list[str]:
-        """The parameter's name."""
-        return [self.name]
-
     def _views(self, stacked: Tensor) -> list[Tensor | None]:
-        return [
-            None if shape is None else stacked[index][tuple(slice(n) for n in shape)]
-            for index, shape in enumerate(self._shapes)
-        ]
+        return [None if shape is None else cut_to(stacked[index], shape) for index, shape in enumerate(self._shapes)]
 
     def _pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
         views = self._views(self.parameter.detach())
         return [(leaf, view) for leaf, view in zip(self.leaves, views, strict=True) if leaf is not None and view is not None]
 
     def link(self) -> None:
-        """Give the leaves their gradients: views of the parameter's."""
+        """Set the gradients of the leaves to views of the parameter's."""
         gradient = self.parameter.grad
         if self._is_linked and gradient is self._linked:
             return
@@ -122,10 +114,10 @@ class Views:
         self._linked, self._is_linked = gradient, True
 
     def load(self) -> None:
-        """Bring values and gradients into the leaves, as an optimizer may want to see them: without gaps."""
+        """Copy values and gradients to the leaves where their views have gaps, since optimizers may need them contiguous."""
         for leaf, view in self._pairs():
             if view.is_contiguous():
-                leaf.data = view  # anew, for `to()` exchanges the parameter's memory
+                leaf.data = view  # each time, since `to()` replaces the parameter's memory
             else:
                 leaf.copy_(view)
             if leaf.grad is not None and not leaf.grad.is_contiguous():
@@ -133,7 +125,7 @@ class Views:
                 self._is_linked = False
 
     def store(self) -> None:
-        """Bring back what does not share the parameter's memory."""
+        """Copy leaves that do not share the parameter's memory to the parameter."""
         for leaf, view in self._pairs():
             if not view.is_contiguous():
                 view.copy_(leaf)

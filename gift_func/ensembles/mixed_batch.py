@@ -1,71 +1,69 @@
-"""The members of an ensemble as the adapters of a mixed batch, by views of its stacked tensors."""
+"""The members of an ensemble as the adapters of mixed batches, by views of its stacked tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch import lasting_outside
-from ..adapted_model import AdaptedModel
-from ..adapter import Adapter, brings_modules
+from ..adapter import Adapter, adds_modules
+from ..adapter_dict import is_equal
 from ..banks.mixed_batch import MixedBatchRunner
 from ..banks.plan import batch_by_address
 from ..banks.samples import numbers_of
-from ..caching import LRU
 from ..errors import AdaptError
 from ..network.copy_pool import CopyPool
-from ..network.module_tree import ModuleTree, clone, persistent
+from ..network.module_tree import ModuleTree, NamedTensors, clone, persistent_buffers
 from ..stack_layout import StackLayout
 
-Tensors = Mapping[str, Tensor]
-MODELS = 32
-"""How many members that ran by themselves are kept as models."""
 
-
-class MixedMembers:
-    """The members of one ensemble in one state, as the adapters of mixed batches.
+class MixedMembers(MixedBatchRunner):
+    """Runs mixed batches of the members of one ensemble in one state.
 
     Args:
-        pool: the ensemble's network.
-        layout: what its members are.
-        tensors: their stacked tensors.
-        buffers: their own buffers, stacked.
+        pool: the ensemble's copies of the network.
+        layout: the ensemble's layout.
+        tensors: the stacked tensors.
+        buffers: the stacked buffers.
     """
 
-    def __init__(self, pool: CopyPool, layout: StackLayout, tensors: Tensors, buffers: Tensors) -> None:
-        self._base, self._layout, self._state = pool.base, layout, _state_of(pool, tensors, buffers)
-        self._runner = MixedBatchRunner(pool.base, pool.current_modes())
-        if self._runner.statistics is not None:
+    def __init__(self, pool: CopyPool, layout: StackLayout, tensors: NamedTensors, buffers: NamedTensors) -> None:
+        super().__init__(pool.base, pool.current_modes())
+        self._layout, self._state = layout, _state_of(pool, tensors, buffers)
+        if self.statistics is not None:
             raise AdaptError(
-                f"{self._runner.statistics!r} takes statistics of its batch and keeps them for each member, which a mixed "
+                f"{self.statistics!r} takes statistics of its batch and keeps them for each member, which a mixed "
                 "batch cannot. Call eval() on the ensemble, use its map, or train the members in a gf.AdapterBank."
             )
-        own = brings_modules(pool.tree, pool.base.tree)
-        known = persistent(pool.base.tree.held())
+        has_modules = adds_modules(pool.tree, pool.base.tree)
+        known = persistent_buffers(pool.base.tree.buffer_dicts())
         self._adapters = []
         for index, member in enumerate(layout.members):
             with lasting_outside(), torch.enable_grad():
-                shares = {name: tensors[name] if name in layout.once else tensors[name][index] for name in member.shapes}
-                views = {name: _cut(share, member.shapes[name]) for name, share in shares.items()}
-            differing = {name: rows[index] for name, rows in buffers.items() if not _is(rows[index], known.get(name))}
-            tree = ModuleTree(pool.tree.detached()).copy(clone) if own else None
+                views = layout.member_tensors(index, tensors)
+            own = {name: buffer[index] for name, buffer in buffers.items()}
+            differing = {n: b for n, b in own.items() if n not in known or not is_equal(b, known[n])}
+            tree = ModuleTree(pool.tree.detached()).copy(clone) if has_modules else None
             self._adapters.append(Adapter(member.parameters, member.strategy, views, differing, tree))
-        self._models: LRU[Adapter, AdaptedModel] = LRU(MODELS)
 
-    def are_of(self, pool: CopyPool, layout: StackLayout, tensors: Tensors, buffers: Tensors) -> bool:
+    def are_of(self, pool: CopyPool, layout: StackLayout, tensors: NamedTensors, buffers: NamedTensors) -> bool:
         """Whether these are the members of an ensemble in this state."""
-        same = self._base is pool.base and self._layout is layout
+        same = self.base is pool.base and self._layout is layout
         return same and self._state == _state_of(pool, tensors, buffers)
 
-    def run(self, members: Sequence[int | None] | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_members(self, members: Sequence[int | None] | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network on a batch, sample j by member `members[j]`."""
         if isinstance(members, Tensor):
             members = [None if index == -1 else index for index in numbers_of(members, "members")]
-        batch = batch_by_address([self._adapter(index) for index in members])
-        return self._runner.run(batch, args, kwargs, self._apart)
+        return self.run(batch_by_address([self._adapter(index) for index in members]), args, kwargs)
+
+    def run_apart(self, adapter: Adapter, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The network on one member's samples."""
+        # The model's own parameters are detached from the stack, so gradients need these tensors.
+        return self.model(adapter).functional_call(adapter.tensors, {}, args, kwargs)
 
     def _adapter(self, index: int | None) -> Adapter | None:
         if index is None:
@@ -77,23 +75,8 @@ class MixedMembers:
             )
         return self._adapters[index]
 
-    def _apart(self, adapter: Adapter) -> Callable[..., Any]:
-        """What runs one member's samples by themselves."""
-        found = self._models.get(adapter)
-        model = self._models.setdefault(adapter, self._runner.model(adapter)) if found is None else found
-        return lambda *args, **kwargs: model.functional_call(adapter.tensors, {}, args, kwargs)
 
-
-def _state_of(pool: CopyPool, tensors: Tensors, buffers: Tensors) -> tuple[object, ...]:
+def _state_of(pool: CopyPool, tensors: NamedTensors, buffers: NamedTensors) -> tuple[object, ...]:
     of_tensors = [(name, id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()]
     of_buffers = [(name, id(buffer), buffer._version) for name, buffer in buffers.items()]
     return pool.current_modes(), of_tensors, of_buffers
-
-
-def _cut(share: Tensor, shape: torch.Size) -> Tensor:
-    """A member's own tensor: its share of the stack without what was filled up with zeros."""
-    return share if share.shape == shape else share[tuple(slice(n) for n in shape)]
-
-
-def _is(buffer: Tensor, known: Tensor | None) -> bool:
-    return known is not None and known.shape == buffer.shape and torch.equal(buffer, known)

@@ -1,4 +1,4 @@
-"""`stack` and `adapt_ensemble`: adapted models into one ensemble."""
+"""`stack` and `adapt_ensemble`: make ensembles."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapt import adapt, base_of
 from ..adapted_model import AdaptedModel
 from ..errors import AdaptError
 from ..network.frozen_base import FrozenBase
-from ..network.module_tree import persistent
-from ..stack_layout import share
+from ..network.module_tree import persistent_buffers
+from ..stack_layout import make_layout
 from .ensemble import Ensemble, Randomness
 
 
@@ -24,21 +24,20 @@ def stack(
     randomness: Randomness = "different",
     generator: torch.Generator | None = None,
 ) -> Ensemble:
-    """Adapted models of one base as one ensemble, which is run and trained in one pass.
+    """Stack adapted models of one base as an ensemble, which is run and trained in one pass. Their tensors are copied.
 
-    Members may differ in rank, alpha and initialisation, and in where they adapt: a smaller rank is filled up with zeros,
-    exactly and for good; a member that does not adapt a place has the base's own weight there. Everything else of their
-    methods must agree. Their tensors are copied.
+    Members may differ in rank, alpha and initialisation, and in which parameters they adapt: factors of smaller rank are
+    padded with zeros, which training does not change, and a parameter that a member does not adapt is the base's. Everything
+    else of their methods must be equal.
 
     Args:
         models: at least one; all adapted from the same model.
         chunk_size: how many members run at a time; None for all at once. Fewer need less memory.
         randomness: "different" random draws (dropout) for each member, or the "same".
-        generator: what the draws of each call are seeded from, so that they can be repeated and leave torch's global
-            generator alone; None for that one.
+        generator: the generator of each call's random draws, so that they can be repeated; None for torch's global one.
 
     Raises:
-        AdaptError: if the members have different bases or cannot share a stack; it names the place and what differs.
+        AdaptError: if the members have different bases or cannot share a stack; it names the parameter and what differs.
 
     Example:
         >>> import torch, gift_func as gf
@@ -56,14 +55,10 @@ def stack(
         if not isinstance(member, AdaptedModel):
             raise TypeError(f"stack takes adapted models, and item {index} is a {type(member).__name__}; adapt() makes one")
         _check_alike(members[0], member, index)
-    layout, tensors = share(members)
-    first = members[0].copy_pool
-    buffers: dict[str, list[Tensor]] = {name: [] for name in persistent(first.buffers)}
-    for member in members:
-        own = persistent(member.copy_pool.buffers)
-        for name, stacked in buffers.items():
-            stacked.append(own[name].detach())
-    made = Ensemble(first.fork(), layout, tensors, {name: torch.stack(rows) for name, rows in buffers.items()})
+    layout, tensors = make_layout(members)
+    buffers = [persistent_buffers(member.copy_pool.buffers) for member in members]
+    stacked = {name: torch.stack([own[name].detach() for own in buffers]) for name in buffers[0]}
+    made = Ensemble(members[0].copy_pool.fork(), layout, tensors, stacked)
     made.chunk_size, made.randomness, made.generator = chunk_size, randomness, generator
     return made
 
@@ -77,20 +72,20 @@ def adapt_ensemble(
     chunk_size: int | None = None,
     randomness: Randomness = "different",
 ) -> Ensemble:
-    """An ensemble of `size` adapters of one strategy, which differ in what they start from.
+    """An ensemble of `size` adapters of one strategy with different initial values.
 
-    It is `stack([adapt(model, strategy, generator=generator) for _ in range(size)])`, drawn in that order.
+    The same as `stack([adapt(model, strategy, generator=generator) for _ in range(size)])`, drawn in that order.
 
     Args:
-        model: as of `adapt`.
-        strategy: as of `adapt`.
+        model: as for `adapt`.
+        strategy: as for `adapt`.
         size: N, the number of members, at least 1.
-        generator: what initial values are drawn from; None for torch's global generator.
+        generator: the generator of the initial values; None for torch's global generator.
         chunk_size: how many members run at a time; None for all at once.
         randomness: "different" random draws (dropout) for each member, or the "same".
 
     Raises:
-        AdaptError: as of `adapt`, and if the size is below 1.
+        AdaptError: as by `adapt`, and if the size is below 1.
 
     Example:
         >>> import torch, gift_func as gf
@@ -118,7 +113,7 @@ def _check_alike(first: AdaptedModel, member: AdaptedModel, index: int) -> None:
         if kinds.get(name) is not others.get(name):
             raise AdaptError(
                 f"member {index} cannot share a stack with member 0: {name or 'the model'} is "
-                f"{_called(kinds.get(name))} in one and {_called(others.get(name))} in the other"
+                f"{_class_name(kinds.get(name))} in one and {_class_name(others.get(name))} in the other"
             )
     for name in kinds:
         if ours.trains(name) != theirs.trains(name):
@@ -128,5 +123,5 @@ def _check_alike(first: AdaptedModel, member: AdaptedModel, index: int) -> None:
             )
 
 
-def _called(kind: type | None) -> str:
+def _class_name(kind: type | None) -> str:
     return "missing" if kind is None else f"a {kind.__name__}"

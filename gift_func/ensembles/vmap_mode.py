@@ -1,4 +1,4 @@
-"""What `torch.vmap` would refuse or take apart, done for all members: decisions by values, and attention."""
+"""Functions that `torch.vmap` has no good rule for, run for all members: decisions by values, and attention."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ _QUESTIONS: frozenset[Callable[..., Any]] = frozenset(
 
 
 class DisagreementError(Exception):
-    """The network asked for a value in which the members differ.
+    """The network read a value in which the members differ.
 
     Attributes:
-        groups: the members' places, those of one value together.
+        groups: the indices of the members, grouped by value.
     """
 
     def __init__(self, values: Sequence[Any]) -> None:
         super().__init__("the network decides by a value in which the members differ")
-        places: dict[Any, list[int]] = {}
-        for place, value in enumerate(values):
-            places.setdefault(value, []).append(place)
-        self.groups = list(places.values())
+        by_value: dict[Any, list[int]] = {}
+        for index, value in enumerate(values):
+            by_value.setdefault(value, []).append(index)
+        self.groups = list(by_value.values())
 
 
 class VmapMode(TorchFunctionMode):
-    """Inside of one `torch.vmap` over members: made when it has begun.
+    """Active inside a `torch.vmap` over members; it must be made there.
 
-    A network that decides by a value (transformers looks whether a mask masks anything) is answered if the answer is one
-    for all members, as each alone would be.
+    A network may read a value (transformers tests whether a mask masks anything) if it is the same for all members.
     """
 
     def __init__(self) -> None:

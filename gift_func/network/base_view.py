@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import cached_property, wraps
 from types import MethodType
 from typing import Any
 
@@ -11,22 +11,28 @@ from torch import Tensor
 from .copy_pool import CopyPool
 from .fast_path import FastPath
 from .frozen_base import FrozenBase
-from .module_tree import clone, named
+from .module_tree import clone
 
 
 class BaseView:
-    """The frozen base, unadapted, in the training modes of an adapted model; any number of threads may call it.
+    """The frozen base without an adapter, in the training modes of an adapted model; any number of threads may call it.
 
     Args:
-        base: the frozen base.
-        like: the private copies of the model whose training modes it follows.
+        like: the copies of the adapted model, whose base is run in their training modes.
     """
 
-    def __init__(self, base: FrozenBase, like: CopyPool) -> None:
-        self._base = base
+    def __init__(self, like: CopyPool) -> None:
+        self._base = like.base
         self._like = like
-        self._pool = CopyPool(base)
-        self._fast_path = FastPath(base, base.tree, ())
+        self._pool = CopyPool(like.base)
+
+    def is_like(self, pool: CopyPool) -> bool:
+        """Whether it runs the base of these copies, in their modes."""
+        return self._like is pool and self._base is pool.base
+
+    @cached_property
+    def _fast_path(self) -> FastPath:
+        return FastPath(self._base, self._pool.tree, ())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward."""
@@ -36,11 +42,11 @@ class BaseView:
         if name.startswith("__"):
             raise AttributeError(name)
         module = self._pool.module
-        self._follow_modes()
+        self._update_modes()
         found = getattr(module, name)
         if not isinstance(found, MethodType) or found.__self__ is not module:
             for buffer_name, attribute, owner, _ in list(self._pool.tree.buffers()):
-                owner._buffers[attribute] = self._pristine()[buffer_name]
+                owner._buffers[attribute] = self._new_buffers()[buffer_name]
             return found
 
         @wraps(found)
@@ -54,21 +60,21 @@ class BaseView:
 
     def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         self._base.watch()
-        self._follow_modes()
-        bindings = self._fast_path.bindings({}, ())
-        # A frozen base keeps the buffers it came with, whatever a forward writes to them.
-        with self._pool.checkout(bindings, self._pristine(), private_buffers=False) as (copy, call):
-            return call.returns(getattr(copy.tree.module, method)(*args, **kwargs))
+        self._update_modes()
+        # Each call has copies of the base's buffers, so what a forward writes to them has no effect on later calls.
+        return self._pool.run(
+            method, args, kwargs, self._fast_path.bindings({}, ()), self._new_buffers(), private_buffers=False
+        )
 
-    def _pristine(self) -> dict[str, Tensor]:
-        return {name: clone(buffer) for name, buffer in named(self._base.tree.held()).items()}
+    def _new_buffers(self) -> dict[str, Tensor]:
+        return {name: clone(buffer) for name, buffer in self._base.buffers().items()}
 
-    def _follow_modes(self) -> None:
-        like = self._like
-        like.ready()
+    def _update_modes(self) -> None:
+        self._like.ready()
+        like = self._like.tree.modules
         self._pool.set_modes(
             frozenset(name for name, module in self._pool.tree.modules.items()
-                      if getattr(like.tree.modules.get(name), "training", module.training))
+                      if getattr(like.get(name), "training", module.training))
         )  # fmt: skip
 
 

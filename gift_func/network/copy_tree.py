@@ -1,8 +1,8 @@
-"""Copies a module tree: its own modules, dictionaries and flags, any tensors.
+"""Copies a module tree: new modules, dictionaries and flags, around given tensors.
 
-`copy.deepcopy` would do for many models, but not for all: non-leaf tensors kept as attributes stop
-it, and it leaves closures and weak references pointing at the original. This copy follows them,
-because a network that reaches its parts by any way but `self` must reach the copy's parts.
+`copy.deepcopy` is not enough for all models: it fails on attributes that are non-leaf tensors, and
+closures and weak references in its result refer to the original. They must refer to the copy here,
+since a network may find its submodules through them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ _ATOMS = (
 
 SIMPLE = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 OWN = frozenset({"_parameters", "_buffers", "_modules"})
-_HOLDERS = frozenset([dict, OrderedDict, set])
-# What every module has for itself, and seldom anything in it.
-_OFTEN_EMPTY = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _HOLDERS)
+_CONTAINERS = frozenset([dict, OrderedDict, set])
+# Those of every module's own dictionaries and sets, nearly all of which are empty.
+_OFTEN_EMPTY = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _CONTAINERS)
 
 
 def clone(tensor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def paths(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def _visit(name: str, module: nn.Module, found: dict[str, nn.Module], seen: set[int] | None) -> None:
-    # No function inside of another, which would hold on to itself and to all that it found until the garbage collector runs.
+    # Not a nested function: it would refer to itself, and so keep what it found alive until the garbage collector runs.
     if seen is not None:
         if id(module) in seen:
             return
@@ -68,25 +68,18 @@ def _visit(name: str, module: nn.Module, found: dict[str, nn.Module], seen: set[
                 _visit(above + step, child, found, seen)
 
 
-class Replica(NamedTuple):
-    """A copy of a module tree.
-
-    Attributes:
-        root: its root.
-        modules: every module of it once, by its first dotted name.
-    """
-
-    root: nn.Module
-    modules: dict[str, nn.Module]
-
-
 def copy_tree(
     modules: dict[str, nn.Module], parameter_of: Callable[[Any], Tensor], buffer_of: Callable[[Tensor], Tensor]
-) -> Replica:
-    """A copy of a module tree that shares nothing with it but what these functions make of its parameters and buffers.
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A copy of a module tree that shares nothing with it except what these functions return for its parameters and buffers.
 
     Args:
         modules: the tree, as `walk` gives it.
+        parameter_of: returns the copy's parameter for one of the tree's.
+        buffer_of: returns the copy's buffer for one of the tree's.
+
+    Returns:
+        The copy's root, and the copy as `walk` gives it.
 
     Raises:
         AdaptError: for an attribute that cannot be copied.
@@ -100,8 +93,14 @@ def copy_tree(
             if buffer is not None and id(buffer) not in memo:
                 memo.put(buffer, buffer_of(buffer))
     kinds = {type(module) for module in modules.values()}
-    plain = {kind for kind in kinds if _is_plain(kind)}
-    ordinary = {name: module for name, module in modules.items() if type(module) in plain or _is_parametrized(module)}
+    # If a class leaves copying to Python, copying `__dict__` is enough; parametrize adds a `__deepcopy__` to such a class.
+    default = {kind for kind in kinds if kind.__reduce_ex__ is object.__reduce_ex__}
+    plain = {kind for kind in default if getattr(kind, "__deepcopy__", None) is None}
+    ordinary = {
+        name: module
+        for name, module in modules.items()
+        if type(module) in plain or (type(module) in default and nn.utils.parametrize.is_parametrized(module))
+    }
     for module in ordinary.values():
         memo.put(module, object.__new__(type(module)))
     for name, module in ordinary.items():
@@ -111,11 +110,11 @@ def copy_tree(
             kind = type(value)
             if kind in SIMPLE:
                 continue
-            if attribute in _OFTEN_EMPTY and not value and kind in _HOLDERS:
+            if attribute in _OFTEN_EMPTY and not value and kind in _CONTAINERS:
                 filled[attribute] = kind()
                 continue
             try:
-                filled[attribute] = _tree_part(value, memo) if attribute in OWN and kind is dict else _deep(value, memo)
+                filled[attribute] = _copied_dict(value, memo) if attribute in OWN and kind is dict else _deep(value, memo)
             except AdaptError:
                 raise
             except Exception as error:
@@ -125,19 +124,19 @@ def copy_tree(
                     "is needed; give that object a __deepcopy__, or set it up outside of the model."
                 ) from None
     root = modules[""]
-    made: nn.Module = _deep(root, memo)
-    # A module that copies itself may come out with other parts.
+    copied_root: nn.Module = _deep(root, memo)
+    # The copy of a module that copies itself may have other children.
     alike = len(ordinary) == len(modules)
-    copies = {name: memo[id(module)] for name, module in modules.items()} if alike else walk(made)
+    copies = {name: memo[id(module)] for name, module in modules.items()} if alike else walk(copied_root)
     if any(issubclass(kind, nn.RNNBase) for kind in kinds):
         for module in copies.values():
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
-    return Replica(made, copies)
+    return copied_root, copies
 
 
-def _tree_part(value: dict[str, Any], memo: _Memo) -> dict[str, Any]:
-    """A module's dictionary of parameters, buffers or children, nearly all of which are made by now."""
+def _copied_dict(value: dict[str, Any], memo: _Memo) -> dict[str, Any]:
+    """A copy of a module's dictionary of parameters, buffers or children, nearly all of which have been copied by now."""
     made: dict[str, Any] = {}
     memo[id(value)] = made
     for key, item in value.items():
@@ -148,18 +147,8 @@ def _tree_part(value: dict[str, Any], memo: _Memo) -> dict[str, Any]:
     return made
 
 
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether the modules of a class are all in their `__dict__`, as nearly all are."""
-    return kind.__reduce_ex__ is object.__reduce_ex__ and getattr(kind, "__deepcopy__", None) is None
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    """Whether a class would be plain but for what `torch.nn.utils.parametrize` put into it."""
-    return type(module).__reduce_ex__ is object.__reduce_ex__ and nn.utils.parametrize.is_parametrized(module)
-
-
 class _Memo(dict[int, Any]):
-    """The memo of `copy.deepcopy`, which counts how often it led to a part of the module tree."""
+    """The memo of `copy.deepcopy`, which counts how often a part of the module tree was looked up in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +157,7 @@ class _Memo(dict[int, Any]):
         self.kept: list[object] = []
 
     def put(self, original: object, made: object) -> None:
-        # The tree itself keeps the original, and so its id.
+        # The tree keeps the original alive, so its id stays valid.
         self[id(original)] = made
         self.parts.add(id(original))
 
@@ -218,7 +207,7 @@ def _deep(value: Any, memo: _Memo) -> Any:
 
 
 def _handle(handle: RemovableHandle, memo: _Memo) -> RemovableHandle:
-    """A hook's handle, for the copied tree's hooks; `copy.deepcopy` would leave one whose reference is dead."""
+    """A hook's handle for the copied tree's hooks; that of `copy.deepcopy` would have a dead reference."""
     hooks = handle.hooks_dict_ref()
     if hooks is None:
         return handle
@@ -231,7 +220,7 @@ def _handle(handle: RemovableHandle, memo: _Memo) -> RemovableHandle:
 
 
 def _with_closure(function: types.FunctionType, memo: _Memo) -> types.FunctionType:
-    """The function, closing over the copied tree where it closed over the original."""
+    """The function, with the copied tree in its closure where it has the original."""
     cells = function.__closure__ or ()
     before, made = memo.hits, []
     for cell in cells:

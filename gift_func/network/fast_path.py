@@ -1,9 +1,9 @@
-"""Torch's fused inference kernels for transformer encoders, which take no slots.
+"""Torch's fused inference kernels for transformer encoders, which do not accept slots.
 
 In eval and without gradients `nn.TransformerEncoderLayer` runs as one fused kernel, and
 `nn.TransformerEncoder` packs a padded batch into a nested tensor that only these kernels accept
-(its padded positions come out as zeros). Both are decided by looking for tensors with overrides,
-the encoder looking at its first layer alone.
+(its outputs at padded positions are zeros). Both look for tensors with overrides to decide, and
+the encoder looks at its first layer only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .module_tree import ModuleTree, join
 
 
 class FastPath:
-    """What torch's fused kernels mean for a network with slots in the places of some parameters.
+    """Which tensors to bind in a network that may run by torch's fused kernels.
 
     Args:
         base: the frozen base.
@@ -29,20 +29,19 @@ class FastPath:
 
     Attributes:
         fused: the names of the slots that a fused kernel would read, in the network's order.
-        guards: names of parameters that must be slots too, lest an encoder with adapted layers packs its batch for
-            unadapted ones.
+        guards: the names of parameters that must be slots too, so that an encoder with adapted layers does not pack its batch.
     """
 
     def __init__(self, base: FrozenBase, tree: ModuleTree, adapted: Collection[str]) -> None:
         known = {*adapted, *base.slots}
-        slots = [name for name in tree.places if name in known]  # in the network's order, whatever order they are given in
+        slots = [name for name in tree.places if name in known]  # in the network's order
         self._base = base
         self._tree = tree
         self.fused = _fused(tree, slots)
         self.guards = _guards(tree, slots)
 
     def is_taken(self, tensors: Iterable[Tensor] = ()) -> bool:
-        """Whether a call that begins now, on these adapter tensors, would take the fused kernels if there were no slots."""
+        """Whether a call that begins now, on these adapter tensors, would run the fused kernels if there were no slots."""
         return (
             bool(self.fused)
             and not torch.is_grad_enabled()
@@ -55,7 +54,7 @@ class FastPath:
         return {name: Slot.of(self._base.weights[name]) for name in self.guards}
 
     def bindings(self, weights: Mapping[str, Weight], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-        """What one call has in the places of parameters: slots, or dense tensors for the fused kernels.
+        """The tensors for the places of parameters in one call: slots, or dense tensors for the fused kernels.
 
         Args:
             weights: the structured weights, by the names of adapted parameters.
@@ -79,11 +78,9 @@ def _fused(tree: ModuleTree, slots: Collection[str]) -> tuple[str, ...]:
 def _guards(tree: ModuleTree, slots: Collection[str]) -> tuple[str, ...]:
     found: list[str] = []
     for path, module in tree.modules.items():
-        if not isinstance(module, nn.TransformerEncoder):
-            continue
-        if not any(f"{name}.".startswith(join(path, "layers.")) for name in slots):
-            continue
-        first = join(path, "layers.0.")
-        if not any(name.startswith(first) for name in slots):
-            found.extend(name for name in tree.places if name.startswith(first))
+        if isinstance(module, nn.TransformerEncoder):
+            inside = [name for name in slots if name.startswith(join(path, "layers."))]
+            first = join(path, "layers.0.")
+            if inside and not any(name.startswith(first) for name in inside):
+                found.extend(name for name in tree.places if name.startswith(first))
     return tuple(found)

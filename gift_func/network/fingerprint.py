@@ -1,4 +1,4 @@
-"""What identifies a base: hashes of its names, shapes and types, and of samples of its values."""
+"""The fingerprint of a base: hashes of its names, shapes and dtypes, and of samples of its values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..weights import Weight
 from .module_tree import ModuleTree
 
 SAMPLE = 1024
-"""Elements of each tensor that enter a fingerprint."""
+"""How many elements of each tensor are hashed, about."""
 
 
 def fingerprint(weights: Mapping[str, Weight], tree: ModuleTree) -> dict[str, str]:
@@ -38,28 +38,25 @@ def fingerprint(weights: Mapping[str, Weight], tree: ModuleTree) -> dict[str, st
 def samples(tensors: Iterable[Tensor]) -> Iterator[bytes]:
     """The bytes of up to about `SAMPLE` evenly spaced elements of each tensor, in their order."""
     with torch.no_grad():
-        run: list[Tensor] = []
+        alike: list[Tensor] = []
         for tensor in tensors:
             size = tensor.numel()
             step = max(1, size // SAMPLE)
-            if _is_plain(tensor) and tensor.is_contiguous():
+            is_plain = type(tensor) in (nn.Parameter, Tensor)
+            if is_plain and tensor.is_contiguous():
                 picked = tensor.as_strided((-(-size // step),), (step,))
             else:
                 picked = tensor.detach().reshape(-1)[::step]
             # Neighbours are gathered by one operation: a network has hundreds of tensors, most of them alike.
-            if run and (picked.dtype is not run[0].dtype or picked.device != run[0].device or not _is_plain(tensor)):
-                yield _bytes(torch.cat(run))
-                run = []
-            if _is_plain(tensor):
-                run.append(picked)
+            if alike and (picked.dtype is not alike[0].dtype or picked.device != alike[0].device or not is_plain):
+                yield _bytes(torch.cat(alike))
+                alike = []
+            if is_plain:
+                alike.append(picked)
             elif picked.numel():
                 yield bytes(picked.to("cpu").contiguous().view(torch.uint8).tolist())
-        if run:
-            yield _bytes(torch.cat(run))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+        if alike:
+            yield _bytes(torch.cat(alike))
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -17,13 +17,13 @@ from ..select import Site
 from ..weights import Dense, Slot, Weight
 from .copy_tree import paths, walk
 from .fingerprint import fingerprint
-from .module_tree import ModuleTree, join
+from .module_tree import ModuleTree, join, named_buffers
 
 
 class FrozenBase:
     """A network that is not trained: private modules around aliases of the user's tensors.
 
-    It never runs itself: a `CopyPool` makes copies of its module tree, which run.
+    Calls run on copies of its module tree, which a `CopyPool` makes.
 
     Args:
         tree: a private copy of the network's modules, with its tensors.
@@ -47,7 +47,7 @@ class FrozenBase:
         self.epoch = 0
         self._precomputed: dict[tuple[str, WeightMethod], dict[str, Tensor]] = {}
         self._fingerprint: dict[str, str] | None = None
-        # What the strategy that was read last makes of this base: adapted parameters, and tensors of their shapes.
+        # For the strategy of the latest state that was loaded: adapted parameters, and tensors of their shapes.
         self.plans: dict[Any, tuple[tuple[Any, ...], Mapping[str, Tensor]]] = {}
         self._lock = threading.Lock()
 
@@ -59,28 +59,37 @@ class FrozenBase:
             AdaptError: if the model's structure cannot be copied.
         """
         modules = walk(model)
-        structure = ModuleTree.of(modules)
-        trainable = set()
-        for module_name, module in modules.items():
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    trainable.add(join(module_name, attribute))
-        return FrozenBase(structure, frozenset(trainable & structure.places.keys()))
+        tree = ModuleTree.of(modules)
+        trainable = {
+            join(module_name, attribute)
+            for module_name, module in modules.items()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        }
+        return FrozenBase(tree, frozenset(trainable & tree.places.keys()))
 
     @cached_property
     def has_plain_modes(self) -> bool:
-        """Whether setting the network's training mode sets just that, in every module."""
+        """Whether every module's `train` is torch's own, which only sets the modes."""
         modules = self.tree.modules.values()
         return all(type(module).train is nn.Module.train and "train" not in vars(module) for module in modules)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.tree.module, self.trainable)
+        return FrozenBase._unpickled, (self.tree.module, self.trainable)
+
+    @staticmethod
+    def _unpickled(module: nn.Module, trainable: frozenset[str]) -> FrozenBase:
+        return FrozenBase(ModuleTree(module), trainable)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers by their global names."""
+        return named_buffers(self.tree.buffer_dicts())
 
     def sites(self, model: nn.Module | None = None) -> list[list[Site]]:
-        """Every parameter of the base, as the sites it can be reached by: several where it is tied.
+        """The sites of every parameter of the base: several where it is tied.
 
         Args:
-            model: the user's model, whose own modules and parameters the sites then show to selectors.
+            model: the user's model, whose own modules and parameters are then those of the sites.
         """
         root = self.tree.module if model is None else model
         modules = paths(root)
@@ -97,22 +106,22 @@ class FrozenBase:
         return groups
 
     def precomputed(self, name: str, method: WeightMethod) -> dict[str, Tensor]:
-        """What a method computes from a weight alone, computed once and kept with the base."""
+        """The tensors that a method computes from a weight alone; they are computed once and cached."""
         if type(method).precompute is WeightMethod.precompute:
             return {}
         with self._lock:
             found = self._precomputed.get((name, method))
             if found is None:
                 with torch.no_grad():
-                    found = {part: tensor.detach() for part, tensor in method.precompute(self.weights[name]).items()}
+                    found = {local: tensor.detach() for local, tensor in method.precompute(self.weights[name]).items()}
                 self._precomputed[name, method] = found
             return found
 
     def watch(self) -> int:
-        """Say so, once for each change, if the tensors were written to since they were frozen.
+        """Warn, once for each change, if the tensors were written to since they were frozen.
 
         Returns:
-            How many times that happened so far.
+            How many times that happened.
         """
         found = self._read_versions()
         if found != self._versions:
@@ -121,8 +130,7 @@ class FrozenBase:
             self.epoch += 1
             self._fingerprint = None
             with self._lock:
-                for entry in [entry for entry in self._precomputed if entry[0] in changed]:
-                    del self._precomputed[entry]
+                self._precomputed = {key: found for key, found in self._precomputed.items() if key[0] not in changed}
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
             warnings.warn(
                 f"the frozen base was written to in place after adapt: {shown}. Adapted outputs follow the new values, "
@@ -136,29 +144,29 @@ class FrozenBase:
         return [tensor._version for _, tensor in self._watched]
 
     def shares_tensors_with(self, other: FrozenBase) -> bool:
-        """Whether the other base is made of the same tensors in the same places."""
+        """Whether the other base has the same tensors in the same places."""
         if self is other:
             return True
         if self.tensors.keys() != other.tensors.keys():
             return False
         return all(
             _same_memory(tensor, other.tensors[name])
-            # What the network writes to itself is each base's own copy.
-            or (name in self.tree.written & other.tree.written and self._written_alike(other, name))
+            # Of a parameter that the network writes to, each base has its own copy.
+            or (name in self.tree.written & other.tree.written and self._normalised_alike(other, name))
             for name, tensor in self.tensors.items()
         )
 
-    def _written_alike(self, other: FrozenBase, name: str) -> bool:
-        """Whether an embedding's rows are the same to the norm that looking them up cuts them to."""
+    def _normalised_alike(self, other: FrozenBase, name: str) -> bool:
+        """Whether the embeddings are the same after all rows are limited to their largest norm, as a lookup limits some."""
         module = self.tree.places[name][0][0]
         assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         assert module.max_norm is not None
-        norm, most = module.norm_type, module.max_norm
-        ours, theirs = (torch.renorm(base.tensors[name].detach(), norm, 0, most) for base in (self, other))
+        norm, limit = module.norm_type, module.max_norm
+        ours, theirs = (torch.renorm(base.tensors[name].detach(), norm, 0, limit) for base in (self, other))
         return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), rtol=1e-4, atol=0.0)
 
     def adopt_precomputed(self, other: FrozenBase) -> None:
-        """Take over what methods derived from these very tensors through another base that shares them."""
+        """Copy the cache of what methods precomputed from another base that shares these tensors."""
         self.watch()
         other.watch()
         with self._lock:
@@ -167,13 +175,13 @@ class FrozenBase:
                     self._precomputed.setdefault(key, found)
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the base: a hash of its names, shapes and types, and one of its values, buffers included.
+        """A hash of the base's names, shapes and dtypes, and one of its values, buffers included.
 
-        The values are sampled, up to 1,024 evenly spaced elements of each tensor, so that the cost does not grow with the
-        model: another training run is noticed, a single changed element may not be.
+        Of the values about 1,024 evenly spaced elements of each tensor are hashed, so that the cost does not grow with the
+        model: another training run is detected, a single changed element may not be.
 
         Returns:
-            `{"structure": hex, "values": hex}`; values is empty where the tensors hold none (meta device).
+            `{"structure": hex, "values": hex}`; values is empty for tensors on the meta device.
         """
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.weights, self.tree)
@@ -182,30 +190,22 @@ class FrozenBase:
     def apply(self, function: Callable[[Tensor], Tensor]) -> FrozenBase:
         """The base with `function` applied to every tensor (a move, a cast), or itself where that changes nothing."""
         with torch.no_grad():
-            made = {name: weight.map(function) for name, weight in self.weights.items()}
-            same = all(
-                a is b
-                for name, weight in made.items()
-                for a, b in zip(weight.leaves(), self.weights[name].leaves(), strict=True)
-            )
-            if same:
+            weights = {name: weight.map(function) for name, weight in self.weights.items()}
+            pairs = ((weight.leaves(), self.weights[name].leaves()) for name, weight in weights.items())
+            if all(a is b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)):
                 return self
-            structure = self.tree.copy(function)
-            for name, weight in made.items():
-                structure.bind(name, as_tensor(weight))
-        return FrozenBase(structure, self.trainable)
+            tree = self.tree.copy(function)
+            for name, weight in weights.items():
+                tree.bind(name, as_tensor(weight))
+        return FrozenBase(tree, self.trainable)
 
 
 def as_tensor(weight: Weight) -> Tensor:
-    """What stands in a parameter's place for a weight: the tensor itself, or a slot."""
+    """The tensor to bind for a weight: a frozen parameter, or a slot."""
     if not isinstance(weight, Dense):
         return Slot.of(weight)
     tensor = weight.tensor
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-def _rebuild(module: nn.Module, trainable: frozenset[str]) -> FrozenBase:
-    return FrozenBase(ModuleTree(module), trainable)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

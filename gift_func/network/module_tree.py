@@ -1,4 +1,4 @@
-"""A private copy of a module's structure: its own modules, dictionaries and flags, somebody else's tensors."""
+"""A private copy of a model's modules, with an index of its parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from ..errors import AdaptError
 from .copy_tree import clone as clone
 from .copy_tree import copy_tree, paths, walk
 
+NamedTensors = Mapping[str, Tensor]
+"""Tensors by their global names."""
 
-def _same(tensor: Any) -> Any:
-    return tensor
+Modes = frozenset[str]
+"""The dotted names of the modules in training mode; they may differ, as where a BatchNorm is frozen."""
 
 
-class Buffers(NamedTuple):
+class ModuleBuffers(NamedTuple):
     """One module's buffers.
 
     Attributes:
@@ -30,19 +32,15 @@ class Buffers(NamedTuple):
     tensors: dict[str, Tensor | None]
     non_persistent: set[str]
 
-    def persistent(self) -> dict[str, Tensor]:
-        """Those that are saved."""
-        return {name: tensor for name, tensor in self.tensors.items() if tensor is not None and name not in self.non_persistent}
-
 
 class ModuleTree:
-    """One private copy of a module tree, and where each parameter stands in it.
+    """One private copy of a module tree, with an index of its parameters.
 
     Attributes:
         module: the private root module.
         modules: every module of the tree once, by its first dotted name.
-        places: for every parameter's first dotted name, the modules and attributes that hold it: more than one
-            where the parameter is tied.
+        places: for every parameter's first dotted name, the modules and attributes where it is found: more than one where
+            the parameter is tied.
         written: the parameters that the network writes to in its own forward.
     """
 
@@ -65,7 +63,7 @@ class ModuleTree:
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
-        """For every parameter's first dotted name, all dotted names that lead to it."""
+        """For every parameter's first dotted name, all its dotted names."""
         first = {(id(child), attribute): name for name, places in self.places.items() for child, attribute in places}
         found: dict[str, list[str]] = {name: [] for name in self.places}
         for module_name, child in paths(self.module).items():
@@ -93,99 +91,114 @@ class ModuleTree:
 
         return ModuleTree(*copy_tree(modules, frozen, clone))
 
-    def copy(self, buffer_of: Callable[[Tensor], Tensor] = _same) -> ModuleTree:
+    def copy(self, buffer_of: Callable[[Tensor], Tensor] = lambda buffer: buffer) -> ModuleTree:
         """Another private copy, with the same parameters.
 
         Args:
-            buffer_of: what the copy holds for a buffer; by default the very same one.
+            buffer_of: returns the copy's buffer for one of this tree's; by default the same buffer.
         """
-        return ModuleTree(*copy_tree(walk(self.module), _same, buffer_of))
+        return ModuleTree(*copy_tree(walk(self.module), lambda parameter: parameter, buffer_of))
 
-    def holding(self, buffers: Mapping[str, Buffers]) -> ModuleTree:
+    def copy_with_buffers(self, buffers: Mapping[str, ModuleBuffers]) -> ModuleTree:
         """Another private copy, with the same parameters and with these buffers in the places of its own."""
-        mine = named(buffers)
-        given = {id(tensor): mine[name] for name, tensor in named(self.held()).items()}
-        made = self.copy(lambda buffer: given[id(buffer)])
-        made.hold(buffers)
+        new = named_buffers(buffers)
+        new_of = {id(tensor): new[name] for name, tensor in named_buffers(self.buffer_dicts()).items()}
+        made = self.copy(lambda buffer: new_of[id(buffer)])
+        made.set_buffer_dicts(buffers)
         return made
 
-    def hold(self, buffers: Mapping[str, Buffers]) -> None:
-        """Put these buffers, in these very dictionaries, in the places of its own."""
+    def set_buffer_dicts(self, buffers: Mapping[str, ModuleBuffers]) -> None:
+        """Make these dictionaries the modules' own dictionaries of buffers."""
         for name, (tensors, non_persistent) in buffers.items():
             vars(self.modules[name]).update(_buffers=tensors, _non_persistent_buffers_set=non_persistent)
 
-    def detached(self, parameter_of: Callable[[Any], Tensor] = _same) -> nn.Module:
-        """A module that shares nothing with this copy but what `parameter_of` makes of each parameter."""
-        return copy_tree(walk(self.module), parameter_of, clone).root
+    def modes(self) -> Modes:
+        """The modules in training mode."""
+        return frozenset(name for name, module in self.modules.items() if module.training)
+
+    def set_modes(self, modes: Modes | bool) -> None:
+        """Set the mode of each module, or one for all by the network's own `train`."""
+        if isinstance(modes, bool):
+            self.module.train(modes)
+            return
+        for name, module in self.modules.items():
+            module.training = name in modes
+
+    def detached(self, parameter_of: Callable[[Any], Tensor] = lambda parameter: parameter) -> nn.Module:
+        """A copy that shares nothing with this tree except what `parameter_of` returns for each parameter."""
+        return copy_tree(walk(self.module), parameter_of, clone)[0]
 
     def tensor(self, name: str) -> nn.Parameter:
-        """What stands in a parameter's place."""
+        """The tensor that is bound in a parameter's place."""
         module, attribute = self.places[name][0]
         found = module._parameters[attribute]
         assert found is not None
         return found
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in a parameter's place, wherever the parameter is tied to."""
+        """Put a tensor in a parameter's place, or all places of a tied one."""
         for module, attribute in self.places[name]:
-            # Not every tensor that may stand here is a Parameter, which is what the annotation of torch asks for.
+            # A slot is no Parameter, which is what torch annotates.
             module._parameters[attribute] = tensor  # type: ignore[assignment]
 
     def buffers(self) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
-        """Every buffer once: its dotted name, its attribute, the module that holds it, its tensor."""
+        """Every buffer once: its dotted name, its attribute, its module, its tensor."""
         for module_name, module in self.modules.items():
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
                     yield join(module_name, attribute), attribute, module, buffer
 
-    def held(self) -> dict[str, Buffers]:
-        """The buffers, in the very dictionaries that hold them, by the first dotted name of their module."""
+    def buffer_dicts(self) -> dict[str, ModuleBuffers]:
+        """The modules' own dictionaries of buffers, by the first dotted name of their module."""
         return {
-            name: Buffers(module._buffers, module._non_persistent_buffers_set)
+            name: ModuleBuffers(module._buffers, module._non_persistent_buffers_set)
             for name, module in self.modules.items()
             if module._buffers
         }
 
 
-def copied(held: Mapping[str, Buffers], source: Mapping[str, Tensor] | None = None) -> dict[str, Buffers]:
-    """Copies of buffers, in dictionaries of their own; what one tensor was, one tensor is again.
+def copy_buffers(dicts: Mapping[str, ModuleBuffers], source: NamedTensors | None = None) -> dict[str, ModuleBuffers]:
+    """Copies of buffers, in new dictionaries; modules that share a buffer share its copy.
 
     Args:
-        held: the buffers, as `ModuleTree.held` gives them.
-        source: values for some of them, by global names; the copies have the element type and device of `held` still.
+        dicts: the buffers, as `ModuleTree.buffer_dicts` gives them.
+        source: values for some of them, by global names; the copies keep the dtype and device of `dicts`.
     """
-    made: dict[str, Buffers] = {}
+    made: dict[str, ModuleBuffers] = {}
     known: dict[int, Tensor] = {}
-    for module_name, (tensors, non_persistent) in held.items():
-        own: dict[str, Tensor | None] = {}
+    for module_name, (tensors, non_persistent) in dicts.items():
+        copies: dict[str, Tensor | None] = {}
         for attribute, tensor in tensors.items():
-            own[attribute] = None
+            copies[attribute] = None
             if tensor is not None:
                 origin = tensor if source is None else source.get(join(module_name, attribute), tensor)
                 if id(origin) not in known:
                     known[id(origin)] = clone(origin.to(tensor))
-                own[attribute] = known[id(origin)]
-        made[module_name] = Buffers(own, set(non_persistent))
+                copies[attribute] = known[id(origin)]
+        made[module_name] = ModuleBuffers(copies, set(non_persistent))
     return made
 
 
-def named(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
+def named_buffers(dicts: Mapping[str, ModuleBuffers]) -> dict[str, Tensor]:
     """Buffers by their global names."""
     return {
         join(module_name, attribute): tensor
-        for module_name, (tensors, _) in held.items()
+        for module_name, (tensors, _) in dicts.items()
         for attribute, tensor in tensors.items()
         if tensor is not None
     }
 
 
-def persistent(held: Mapping[str, Buffers]) -> dict[str, Tensor]:
-    """The persistent buffers, by their global names."""
-    return {
-        join(module_name, attribute): tensor
-        for module_name, buffers in held.items()
-        for attribute, tensor in buffers.persistent().items()
-    }
+def persistent_buffers(dicts: Mapping[str, ModuleBuffers]) -> dict[str, Tensor]:
+    """The persistent buffers by their global names."""
+    left_out = {join(module_name, attribute) for module_name, (_, names) in dicts.items() for attribute in names}
+    return {name: tensor for name, tensor in named_buffers(dicts).items() if name not in left_out}
+
+
+def set_buffer(dicts: Mapping[str, ModuleBuffers], name: str, tensor: Tensor) -> None:
+    """Replace the buffer of a global name."""
+    module_name, _, attribute = name.rpartition(".")
+    dicts[module_name].tensors[attribute] = tensor
 
 
 def join(module_name: str, attribute: str) -> str:

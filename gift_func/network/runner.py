@@ -1,4 +1,4 @@
-"""Runs a network with structured weights in the places of its parameters."""
+"""Binds structured weights into private copies of a network, and runs them."""
 
 from __future__ import annotations
 
@@ -12,51 +12,49 @@ from torch import Tensor, nn
 
 from ..weights import Dense, Slot, Weight
 from ..weights.call import Call, calling
-from .copy_pool import CopyPool, PooledCopy
+from .copy_pool import CopyPool
 from .fast_path import FastPath
 from .frozen_base import FrozenBase
-from .module_tree import ModuleTree, join
-
-Tensors = Mapping[str, Tensor]
+from .module_tree import ModuleTree, NamedTensors, join
 
 
 class MakesWeights(Protocol):
-    """What makes structured weights of adapter tensors."""
+    """Makes structured weights from a frozen base and adapter tensors, as `AdaptedParameters` does."""
 
     base: FrozenBase
-    """What they are made of."""
+    """The frozen base."""
 
     names: tuple[str, ...]
-    """The adapted parameters."""
+    """The names of the adapted parameters."""
 
-    def weights(self, tensors: Tensors, trains: Callable[[str], bool]) -> dict[str, Weight]:
-        """The structured weights, by the name of the parameter; `trains` tells whether a module is in training mode."""
+    def weights(self, tensors: NamedTensors, trains: Callable[[str], bool]) -> dict[str, Weight]:
+        """The structured weights, by parameter name; `trains` returns whether a module is in training mode."""
 
     def refresh(self) -> None:
-        """Look up anew what follows from the base alone, after the base was written to."""
+        """Compute again what depends on the base alone, after the base was written to."""
 
 
 class Runner:
-    """Runs private copies of a network on the weights that adapter tensors make.
+    """Runs private copies of a network on the weights of adapter tensors.
 
-    Between calls the weights of the model's own tensors are bound in the pool's resting copy. A call on those needs no
-    binding, and a checkpoint that runs a part of the copy again in backward finds them in place. A call on other tensors
-    gets a copy of its own, so calls may overlap, in threads or in generators.
+    Between calls the weights of the model's own tensors are bound in the pool's main copy. A call on those binds nothing,
+    and a checkpoint that runs a part of the copy again in backward uses the same weights. A call on other tensors gets a
+    copy of its own, so calls may overlap, in threads or in generators.
 
     Args:
         pool: the private copies.
-        maker: makes weights of tensors.
+        maker: makes weights from adapter tensors.
 
     Attributes:
-        computes: whether a weight that is bound between calls holds a tensor that its method computed, so that it must be
-            made anew for each call.
+        computes: whether a weight that is bound between calls has a tensor that its method computed, so that it must be
+            computed again for each call.
     """
 
     def __init__(self, pool: CopyPool, maker: MakesWeights) -> None:
         self.pool = pool
         self.computes = False
         self._maker = maker
-        self._tensors: Tensors = {}
+        self._tensors: NamedTensors = {}
         self._weights: dict[str, Weight] | None = None
         self._on_base = False
         self._epoch = -1
@@ -64,8 +62,8 @@ class Runner:
 
     # --- between calls
 
-    def bind_between_calls(self, tensors: Tensors) -> None:
-        """Leave the weights that these adapter tensors make bound between calls."""
+    def bind_between_calls(self, tensors: NamedTensors) -> None:
+        """Leave the weights of these adapter tensors bound between calls."""
         with self.pool.lock:
             self._refresh()
             self._tensors, self._on_base = tensors, False
@@ -76,21 +74,21 @@ class Runner:
                 self._bind(self.pool.tree)
 
     def bind_base(self) -> None:
-        """Leave the base's tensors bound between calls; every call brings its own adapter tensors."""
+        """Leave the base's tensors bound between calls; every call has its own adapter tensors."""
         with self.pool.lock:
             self._refresh()
             self._tensors, self._on_base = {}, True
             if self.pool.is_made:
                 self._bind(self.pool.tree)
 
-    def rebind_if_replaced(self, tensors: Tensors) -> None:
-        """Bind the tensors that are in the adapter now between calls, if they were put there for good."""
+    def rebind_if_replaced(self, tensors: NamedTensors) -> None:
+        """Bind the adapter's present tensors between calls, if they are parameters, and so no temporary replacement."""
         self.pool.ready()
         if not self._are_bound(tensors) and all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
             self.bind_between_calls(tensors)
 
-    def rebase(self, maker: MakesWeights, tensors: Tensors) -> None:
-        """Exchange the base for a moved or cast one, of which weights are then made."""
+    def rebase(self, maker: MakesWeights, tensors: NamedTensors) -> None:
+        """Replace the base by a moved or cast one."""
         base = maker.base
         with self.pool.lock:
             self.pool.rebase(base)
@@ -102,15 +100,15 @@ class Runner:
         else:
             self.bind_between_calls(tensors)
 
-    def _are_bound(self, tensors: Tensors) -> bool:
+    def _are_bound(self, tensors: NamedTensors) -> bool:
         return all(map(is_, tensors.values(), self._tensors.values())) and not self.computes
 
     def _adopt(self, tree: ModuleTree) -> None:
-        """Find the adapted parameters in the resting copy, which was just made, and bind their weights there."""
+        """Find the adapted parameters in the main copy, which was just made, and bind their weights there."""
         names = self._maker.names
         self._fast_path = FastPath(self.pool.base, tree, names)
         paths = {id(module): path for path, module in tree.modules.items()}
-        # Every place of every adapted parameter, by the first dotted name of the module that holds it.
+        # Every place of every adapted parameter, by the first dotted name of its module.
         self._places = {join(paths[id(module)], attribute): name for name in names for module, attribute in tree.places[name]}
         if self._epoch >= 0:
             self._bind(tree)
@@ -119,15 +117,15 @@ class Runner:
         base = self.pool.base
         if self._on_base:
             self.computes = False
-            # Modules of the adapter's own have parameters that the base has not.
+            # The parameters of modules that the adapter adds are not the base's.
             slots: dict[str, Tensor] = {name: base.tensors.get(name, tree.tensor(name)) for name in self._maker.names}
         else:
             weights = self._weights
             if weights is None:
                 with torch.enable_grad():
                     weights = self._maker.weights(self._tensors, lambda name: tree.modules[name].training)
-            self.computes = holds_computed(weights, self._tensors.values())
-            # Parameters that are trained themselves are slots too: only a slot notices a checkpoint that drops its gradient.
+            self.computes = has_computed(weights, self._tensors.values())
+            # Parameters that are trained themselves are slots too: only a slot detects a checkpoint that drops its gradient.
             slots = {name: Slot.of(weight) for name, weight in weights.items()}
         self._weights = None
         self.pool.bind(tree, {**slots, **self._fast_path.guarded()})
@@ -145,64 +143,65 @@ class Runner:
 
     # --- calls
 
-    def weights(self, tensors: Tensors) -> dict[str, Weight]:
-        """The structured weights that adapter tensors make in the network's modes, by the name of the parameter."""
+    def weights(self, tensors: NamedTensors) -> dict[str, Weight]:
+        """The structured weights of adapter tensors in the network's training modes, by parameter name."""
         return self._maker.weights(tensors, self.pool.trains)
 
-    def forward(self, tensors: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of the network on the tensors that are in the adapter now."""
+    def forward(self, tensors: NamedTensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The network's forward on the adapter's present tensors."""
         if torch.compiler.is_compiling():
             return self._traced(tensors, {}, args, kwargs)
         module = self.pool.module
         if self._are_bound(tensors) and not (self._fast_path.fused and self._fast_path.is_taken(tensors.values())):
             with self.calling():
                 return module(*args, **kwargs)
-        # torch.func.functional_call put others there, say: as with any module, buffers are then written in place.
-        with self._bound(tensors, {}, private_buffers=False) as (copy, call):
-            return call.returns(copy.tree.module(*args, **kwargs))
+        # Other tensors, as torch.func.functional_call binds them: as in any module, buffers are then written in place.
+        return self.pool.run("__call__", args, kwargs, self._bindings(tensors), {}, private_buffers=False)
 
-    def functional_call(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def functional_call(
+        self, tensors: NamedTensors, buffers: NamedTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The forward on any tensors and buffers; nothing of the model is written to."""
-        if torch.compiler.is_compiling():
-            return self._traced(tensors, buffers, args, kwargs)
-        with self._bound(tensors, buffers, private_buffers=True) as (copy, call):
-            return call.returns(copy.tree.module(*args, **kwargs))
+        return self.stateful_call(tensors, buffers, args, kwargs)[0]
 
     def stateful_call(
-        self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], private_buffers: bool = True
+        self,
+        tensors: NamedTensors,
+        buffers: NamedTensors,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        private_buffers: bool = True,
     ) -> tuple[Any, dict[str, Tensor], bool]:
-        """The forward on any tensors and buffers, what became of these buffers, and whether a checkpoint will run it again.
+        """The forward on any tensors and buffers, these buffers after it, and whether a checkpoint will run it again.
 
         Args:
+            tensors: the adapter's tensors, by global names.
+            buffers: buffers by global names.
+            args: positional arguments.
+            kwargs: keyword arguments.
             private_buffers: whether the other buffers are copies, so that nothing of the model is written to.
         """
         if torch.compiler.is_compiling():
             return self._traced(tensors, buffers, args, kwargs), dict(buffers), False
-        with self._bound(tensors, buffers, private_buffers) as (copy, call):
-            made = copy.tree.module(*args, **kwargs)
-            after: dict[str, Tensor] = {}
-            for name in buffers:
-                module_name, _, attribute = name.rpartition(".")
-                after[name] = copy.tree.modules[module_name].get_buffer(attribute)
-            return made, after, call.checkpointed
+        with self.pool.checkout(self._bindings(tensors), buffers, private_buffers) as (copy, call):
+            output = call.returns(copy.tree.module(*args, **kwargs))
+            after = {name: copy.tree.module.get_buffer(name) for name in buffers}
+            return output, after, call.checkpointed
 
     @contextmanager
     def calling(self) -> Iterator[Call]:
-        """Around every use of the resting copy: notice writes to the base, and checkpoints."""
+        """A call of the main copy: detects writes to the base, and checkpoints."""
         self._watch_base()
         with calling() as call:
             yield call
 
-    @contextmanager
-    def _bound(self, tensors: Tensors, buffers: Tensors, private_buffers: bool) -> Iterator[tuple[PooledCopy, Call]]:
+    def _bindings(self, tensors: NamedTensors) -> dict[str, Tensor]:
         self._watch_base()
         self.pool.ready()
-        bindings = self._fast_path.bindings(self.weights(tensors), tensors.values())
-        with self.pool.checkout(bindings, buffers, private_buffers) as found:
-            yield found
+        return self._fast_path.bindings(self.weights(tensors), tensors.values())
 
-    def _traced(self, tensors: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A trace knows neither threads nor checkpoints that outlive it, so torch's own binding will do.
+    def _traced(self, tensors: NamedTensors, buffers: NamedTensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # No thread and no checkpoint uses the module while it is traced, so torch's own binding is enough.
         self.pool.ready()
         weights = self.weights(tensors)
         slots = {name: w.tensor if isinstance(w, Dense) else Slot.of(w) for name, w in weights.items()}
@@ -210,8 +209,8 @@ class Runner:
         return torch.func.functional_call(self.pool.module, {**placed, **buffers}, args, kwargs, tie_weights=False)
 
 
-def holds_computed(weights: Mapping[str, Weight], tensors: Collection[Tensor]) -> bool:
-    """Whether a weight holds a tensor that its method computed of these, which the next optimizer step would make stale."""
+def has_computed(weights: Mapping[str, Weight], tensors: Collection[Tensor]) -> bool:
+    """Whether a weight has a tensor that its method computed from these, which an optimizer's next step makes stale."""
     leaves = [leaf for weight in weights.values() for leaf in weight.leaves() if leaf.grad_fn is not None]
     if not leaves:
         return False

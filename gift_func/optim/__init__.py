@@ -1,4 +1,4 @@
-"""What adapters are trained with: torch's own optimizers, given an adapter's groups or driving an ensemble's members."""
+"""For training adapters with torch's optimizers: parameter groups, and hyper-parameters that differ by member."""
 
 from ..ensembles.clipping import clip_grad_norm_per_member as clip_grad_norm_per_member
 from ..ensembles.optimizer import PerMember as PerMember

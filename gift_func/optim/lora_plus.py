@@ -1,4 +1,4 @@
-"""LoRA+: the factor B learns faster than A."""
+"""LoRA+: a larger learning rate for the factor B than for A."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ def lora_plus(
 ) -> list[dict[str, Any]]:
     """Parameter groups of LoRA+: `η_B = ratio · η_A`.
 
-    B starts at zero and A does not, so at one learning rate for both, the wider the network, the less of its features B
-    learns; a larger one for B mends that at no cost.
+    B starts at zero and A does not, so that in wide networks one learning rate for both is too small for B.
 
     | parameter | learning rate | weight decay |
     |---|---|---|
     | `lora_B`, and vectors (DoRA's magnitude) | `lr · ratio` | `weight_decay` |
-    | a bias or a norm's weight, trained itself | `lr · ratio` | 0 |
-    | whatever adapts an embedding, tied ones included | `embedding_lr` | `weight_decay` |
+    | a bias or a norm's weight that is trained | `lr · ratio` | 0 |
+    | tensors that adapt an embedding, also a tied one | `embedding_lr` | `weight_decay` |
     | the others: `lora_A`, other matrices | `lr` | `weight_decay` |
 
     Args:
@@ -35,14 +34,14 @@ def lora_plus(
         lr: the learning rate of A.
         ratio: how many times larger B's is, at least 1.
         weight_decay: that of all but biases and norms.
-        embedding_lr: the learning rate of what adapts embeddings.
+        embedding_lr: the learning rate of tensors that adapt embeddings.
 
     Returns:
-        Groups for any optimizer of torch, in the table's order, without those that are empty. Each trained parameter is
-        in exactly one.
+        Groups for any optimizer of torch, in the table's order; empty ones are left out. Each trained parameter is in exactly
+        one group.
 
     Raises:
-        AdaptError: if nothing has a `lora_B`, or a number is out of its range.
+        AdaptError: if no parameter has a `lora_B`, or a number is out of its range.
 
     Example:
         >>> import torch, gift_func as gf
@@ -61,7 +60,7 @@ def lora_plus(
             raise AdaptError(f"{name} is a number of at least {least}, got {name}={value!r}")
     if not weight_decay >= 0:
         raise AdaptError(f"weight_decay is a number of at least 0, got weight_decay={weight_decay!r}")
-    if not any("lora_B" in part.names for part in adapted.adapted_parameters):
+    if not any("lora_B" in parameter.names for parameter in adapted.adapted_parameters):
         raise AdaptError("LoRA+ is about methods that train a lora_B, such as gf.LoRA, and nothing is adapted by one")
     groups: dict[str, dict[str, Any]] = {
         "b": {"params": [], "lr": lr * ratio, "weight_decay": weight_decay},
@@ -71,9 +70,9 @@ def lora_plus(
     }
     places = adapted.copy_pool.outline.places
     seen: set[int] = set()
-    for part in adapted.adapted_parameters:
-        embeds = any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module, _ in places[part.name])
-        for local, name in part.names.items():
+    for adapted_parameter in adapted.adapted_parameters:
+        embeds = any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module, _ in places[adapted_parameter.name])
+        for local, name in adapted_parameter.names.items():
             parameter = adapted.adapter[name]
             if id(parameter) in seen or not parameter.requires_grad:
                 continue

@@ -1,4 +1,4 @@
-"""A shelf: values that are read when first asked for, kept up to a number of bytes, the least recently used dropped."""
+"""A cache of values up to a number of bytes, from which the least recently used is dropped."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Value = TypeVar("Value")
+CachedValue = TypeVar("CachedValue")
 
 
 @dataclass(frozen=True)
 class StoreCounters:
-    """What a store did so far, and what it keeps now.
+    """The uses of a store so far, and its memory now.
 
     Attributes:
-        hits: uses that found their adapter in memory, or another thread about to read it.
-        misses: uses that read a file.
-        evictions: adapters dropped to keep within the budget.
-        resident: adapters in memory.
-        bytes: of their tensors.
+        hits: how many uses found their adapter in memory, or being read by another thread.
+        misses: how many uses read a file.
+        evictions: how many adapters were dropped to stay within the budget.
+        resident: how many adapters are in memory.
+        bytes: the size of their tensors.
     """
 
     hits: int
@@ -32,61 +32,59 @@ class StoreCounters:
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[Value]):
+class Loaded(Generic[CachedValue]):
     """A value that was read.
 
     Attributes:
-        value: it.
-        stamp: what it was read from, as it was then.
-        size: its bytes.
+        value: the value.
+        stamp: the stamp of the file when it was read.
+        size: the size of the value in bytes.
     """
 
-    value: Value
+    value: CachedValue
     stamp: Hashable
     size: int
 
 
-class ByteBudgetCache(Generic[Value]):
+class ByteBudgetCache(Generic[CachedValue]):
     """Values by name; safe under threads.
 
-    The lock is held for a look into a dictionary, never while a value is read or used. Threads that ask for a value that is
-    being read wait for that one reading. Whoever was given a value keeps it alive: what is dropped here goes when the last
-    one lets go of it.
+    The lock is not held while a value is read or used. Threads that ask for a value that another thread reads wait for it.
 
     Args:
-        budget: how many bytes may be kept; None for any number.
+        budget: the largest total size in bytes; None for no limit.
     """
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
-        self._held: OrderedDict[str, Loaded[Value]] = OrderedDict()
-        self._loading: dict[tuple[str, Hashable], Future[Value]] = {}
+        self._values: OrderedDict[str, Loaded[CachedValue]] = OrderedDict()
+        self._loading: dict[tuple[str, Hashable], Future[CachedValue]] = {}
         self._lock = threading.Lock()
         self._bytes = self._hits = self._misses = self._evictions = 0
 
-    def get(self, name: str, stamp: Hashable, load: Callable[[], Loaded[Value]]) -> Value:
-        """The value of a name.
+    def get(self, name: str, stamp: Hashable, load: Callable[[], Loaded[CachedValue]]) -> CachedValue:
+        """The value of a name; it is read if it is not in the cache.
 
         Args:
-            name: of the value.
-            stamp: what it is read from, as it is now; a value of another stamp is stale.
-            load: reads it.
+            name: the name.
+            stamp: the file's present stamp; a value with another stamp is dropped.
+            load: reads the value.
 
         Raises:
-            Exception: what `load` raises, to each thread its own.
+            Exception: what `load` raises; each thread that waits calls it again.
         """
         key = name, stamp
         while True:
             with self._lock:
-                held = self._held.get(name)
-                if held is not None and held.stamp == stamp:
-                    self._held.move_to_end(name)
+                known = self._values.get(name)
+                if known is not None and known.stamp == stamp:
+                    self._values.move_to_end(name)
                     self._hits += 1
-                    return held.value
+                    return known.value
                 self._discard(name)
                 awaited = self._loading.get(key)
                 if awaited is None:
-                    mine: Future[Value] = Future()
+                    mine: Future[CachedValue] = Future()
                     self._loading[key] = mine
                     self._misses += 1
             if awaited is None:
@@ -95,9 +93,11 @@ class ByteBudgetCache(Generic[Value]):
                 with self._lock:
                     self._hits += 1
                 return awaited.result()
-            # The reading failed: this thread tries for itself, and gets an error of its own.
+            # The other thread's `load` failed, so this one calls it too.
 
-    def _load(self, key: tuple[str, Hashable], mine: Future[Value], load: Callable[[], Loaded[Value]]) -> Value:
+    def _load(
+        self, key: tuple[str, Hashable], mine: Future[CachedValue], load: Callable[[], Loaded[CachedValue]]
+    ) -> CachedValue:
         try:
             loaded = load()
         except BaseException as error:
@@ -111,41 +111,41 @@ class ByteBudgetCache(Generic[Value]):
         mine.set_result(loaded.value)
         return loaded.value
 
-    def _wanted(self, key: tuple[str, Hashable], mine: Future[Value]) -> bool:
-        """Whether nobody dropped the name while it was read; the reading is over."""
+    def _wanted(self, key: tuple[str, Hashable], mine: Future[CachedValue]) -> bool:
+        """End a reading; return whether the name was not dropped meanwhile."""
         if self._loading.get(key) is not mine:
             return False
         del self._loading[key]
         return True
 
-    def _keep(self, name: str, loaded: Loaded[Value]) -> None:
+    def _keep(self, name: str, loaded: Loaded[CachedValue]) -> None:
         self._discard(name)
         if self.budget is not None and loaded.size > self.budget:
-            return  # the others would all have to go, and it as well
-        self._held[name] = loaded
+            return  # all values, and this one, would have to be dropped
+        self._values[name] = loaded
         self._bytes += loaded.size
         while self.budget is not None and self._bytes > self.budget:
-            self._discard(next(iter(self._held)))
+            self._discard(next(iter(self._values)))
             self._evictions += 1
 
     def _discard(self, name: str) -> bool:
-        held = self._held.pop(name, None)
-        self._bytes -= 0 if held is None else held.size
-        return held is not None
+        known = self._values.pop(name, None)
+        self._bytes -= 0 if known is None else known.size
+        return known is not None
 
     def drop(self, name: str) -> bool:
-        """Let go of a value, also of one that is being read; whether there was one."""
+        """Drop a value, also one that is being read; return whether there was one."""
         with self._lock:
             for key in [key for key in self._loading if key[0] == name]:
                 del self._loading[key]
             return self._discard(name)
 
     def names(self) -> tuple[str, ...]:
-        """The names of the values that are kept, the most recently used last."""
+        """The names of the values, the most recently used last."""
         with self._lock:
-            return tuple(self._held)
+            return tuple(self._values)
 
     def counters(self) -> StoreCounters:
-        """What happened so far, and what is kept now."""
+        """The counters."""
         with self._lock:
-            return StoreCounters(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
+            return StoreCounters(self._hits, self._misses, self._evictions, len(self._values), self._bytes)

@@ -1,4 +1,4 @@
-"""A folder of adapter files: which name is which file, and what tells one state of a file from another."""
+"""A folder of adapter files: the file of each name, and stamps that show whether a file has changed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Stamp = tuple[int, int, int, int]
 
 
 class Folder:
-    """The files of a folder by name: the pattern, a path in the folder, with its `*` replaced by the name.
+    """The files of a folder by name: the file of a name is the pattern with its `*` replaced by the name.
 
     Args:
         root: the folder.
-        pattern: with one `*`.
+        pattern: a path in the folder, with one `*`.
 
     Raises:
         FileError: if there is no such folder.
@@ -34,7 +34,7 @@ class Folder:
         self._root = os.path.abspath(root)
 
     def path(self, name: object) -> str:
-        """The file of a name, whether or not there is one.
+        """The path of a name's file, which need not exist.
 
         Raises:
             AdaptError: if it leads out of the folder, or is no name.
@@ -45,7 +45,7 @@ class Folder:
         return f"{self._root}/{self._before}{name}{self._after}"
 
     def names(self) -> tuple[str, ...]:
-        """The names of all files there are now, in order."""
+        """The names of all present files, sorted."""
         wanted = re.compile(f"{re.escape(self._before)}(.+){re.escape(self._after)}", re.DOTALL)
         found = (wanted.fullmatch(path) for path in _files(self._root))
         return tuple(sorted(match[1] for match in found if match and not _refusal(match[1])))
@@ -59,10 +59,10 @@ class Folder:
 
 
 def stamp(path: str) -> Stamp | None:
-    """What tells one state of a file from another, or None if there is no file.
+    """A value that changes if a file is written or replaced; None if there is no file.
 
     Raises:
-        FileError: if the system refuses to say.
+        FileError: if the system does not give the file's status.
     """
     try:
         found = os.stat(path)
@@ -78,7 +78,7 @@ def stamp(path: str) -> Stamp | None:
 
 
 def _refusal(name: object) -> str | None:
-    """Why something names no adapter, or None if it may."""
+    """Why something cannot be an adapter's name; None if it can."""
     if not isinstance(name, str) or not name:
         return "a name is a text that is not empty"
     if "\\" in name or "\0" in name or (os.name == "nt" and ":" in name):
@@ -92,7 +92,7 @@ def _refusal(name: object) -> str | None:
 
 
 def _files(root: str) -> Iterator[str]:
-    """The paths, from the folder on, of all files that are not hidden; links are followed."""
+    """The paths, relative to the folder, of all files that are not hidden; links are followed."""
     seen: set[tuple[int, int]] = set()
     waiting = [""]
     while waiting:
@@ -101,7 +101,7 @@ def _files(root: str) -> Iterator[str]:
         try:
             found = os.stat(folder)
             entries = list(os.scandir(folder))
-        except OSError:  # it went, or is not ours to read
+        except OSError:  # it was deleted, or may not be read
             continue
         if (found.st_dev, found.st_ino) in seen:
             continue

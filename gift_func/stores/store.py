@@ -1,4 +1,4 @@
-"""The store: a folder of adapter files behind a bank, of which memory holds those used last."""
+"""The store: a bank whose adapters are files, of which those used last are in memory."""
 
 from __future__ import annotations
 
@@ -26,39 +26,38 @@ from .folder import Folder, stamp
 from .reader import Read, Reader
 from .serving import StoreRunner
 
-READINGS = 5
-"""How often a file that changes while it is read is read again."""
+ATTEMPTS = 5
+"""How often a file is read that changes while it is read."""
 
 
 class AdapterStore(Mapping[str, AdaptedModel]):
-    """A folder of adapter files that is called as a bank is: for more adapters than memory holds.
+    """A folder of adapter files with the calls of a bank, for more adapters than fit into memory.
 
     `store(x, adapters=["fr", None, "de"])` runs every sample with its own adapter in one pass, as `AdapterBank` does. An
-    adapter's file is mapped into memory when it is first used; adapters are kept up to a number of bytes, and those not
-    used for longest are dropped, though never from under a call: what a call uses lives until it ends. Every use asks the
-    file system whether the file is still the same, so a new, replaced or deleted file counts from the next use on, and
-    costs do not grow with the number of files. A file that is missing, damaged or of another base fails that call alone.
+    adapter's file is mapped into memory at its first use. If adapters need more bytes than the budget, the least recently
+    used ones are dropped, but not while a call uses them. Each use asks the file system whether the file has changed, so
+    the next use of a new, replaced or deleted file sees it, at a cost that does not depend on the number of files. A file
+    that is missing, damaged or of another base is an error of that call only.
 
     The path of adapter `name` in the folder is the pattern with its `*` replaced by the name: `fr` is `fr.safetensors`, and
-    `a/b` is `a/b.safetensors`. Hidden files and folders, whose names begin with a dot, are passed over.
+    `a/b` is `a/b.safetensors`. Hidden files and folders, whose names begin with a dot, are ignored.
 
-    A store serves, so its network runs in eval mode and its adapters require no grad. What is to be trained is a copy:
-    `store[name]` is a model with tensors of its own, as `load_adapter` gives it but in eval mode, and `store.bank(names)` a
-    bank of copies; `store.add(name, model, replace=True)` writes one back.
+    The network runs in eval mode, and the adapters require no grad. To train, use copies: `store[name]` is a model with its
+    own tensors, in eval mode, and `store.bank(names)` a bank; `store.add(name, model, replace=True)` writes one back.
 
-    Any number of threads may call, add, remove and evict at once; no lock is held while a network runs or a file is read,
+    Any number of threads may call, add, remove and evict at once. No lock is held while a network runs or a file is read,
     and a file that several threads ask for is read once.
 
     Args:
-        model: the model the adapters were made for, or its frozen base; it is not touched.
-        folder: where the files are.
-        budget: how many bytes of tensors the store keeps; None keeps all that were used. Calls under way come on top, and
-            an adapter larger than the budget is read for each call.
-        pattern: the files' names, with one `*` for the adapter's.
-        check_base: refuse files that were made for a base of other names, shapes, types or values.
-        mapped: let tensors lie in the files' pages, which the system reads when they are touched and shares between
-            processes. A mapped file must be replaced as `add` and `save_adapter` do it, by moving another in its place: one
-            that is overwritten in place (`cp`) changes under the calls that use it. With False it is copied when it is read.
+        model: the model the adapters were made for, or its frozen base; it is not changed.
+        folder: the folder of the files.
+        budget: how many bytes of tensors the store keeps in memory; None for no limit. Adapters that calls use come in
+            addition, and an adapter larger than the budget is read for each call.
+        pattern: the path of a file in the folder, with one `*` for the adapter's name.
+        check_base: refuse files that were made for a base with other names, shapes, dtypes or values.
+        mapped: leave tensors in the pages of the mapped file, which the system reads when they are used and shares between
+            processes. Replace a mapped file only by moving another to its path, as `add` and `save_adapter` do: if it is
+            overwritten (`cp`), the values change during calls. With False, files are copied when they are read.
 
     Raises:
         FileError: if there is no such folder.
@@ -93,13 +92,13 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         base = base_of(model)
         self._runner = StoreRunner(base)
         self._reader = Reader(base, check_base=check_base, mapped=mapped)
-        self._shelf: ByteBudgetCache[Read] = ByteBudgetCache(budget)
+        self._cache: ByteBudgetCache[Read] = ByteBudgetCache(budget)
         self._writing = threading.Lock()
 
     # --- as a mapping
 
     def __getitem__(self, name: str) -> AdaptedModel:
-        """One adapter as a model of its own, in eval mode: its tensors are copies, which may be trained.
+        """One adapter as a model in eval mode; its tensors are copies, which may be trained.
 
         Raises:
             KeyError: if there is no such file, with the nearest names.
@@ -135,60 +134,48 @@ class AdapterStore(Mapping[str, AdaptedModel]):
     # --- calls
 
     def __call__(self, *args: Any, adapters: Sequence[str | None], **kwargs: Any) -> Any:
-        """The network on a batch, every sample with its own adapter.
+        """The network on a batch, every sample with its own adapter: as a call of an `AdapterBank`, by names.
 
         Args:
             args: the network's arguments; tensors have the samples as leading axis.
             adapters: for each sample an adapter's name, or None for the base alone.
             kwargs: the network's keyword arguments.
 
-        Returns:
-            What the network returns, its samples in the order given.
-
         Raises:
             KeyError: if there is no file of that name, with the nearest names.
             FileError: if a file is damaged or made for another base.
-            AdaptError: if there are not as many names as samples, or the samples cannot be told apart at a weight.
+            AdaptError: as by `AdapterBank`.
         """
-        return self._runner.run(self._batch(adapters), args, kwargs, self._runner.alone)
+        return self._runner.run(self._batch(adapters), args, kwargs)
 
     def generate(self, *args: Any, adapters: Sequence[str | None], **kwargs: Any) -> Any:
-        """`generate` of a transformers model on a batch, every sample with its own adapter, by its key-value cache.
-
-        Args:
-            args: as the model's `generate` takes them; tensors have the samples as leading axis.
-            adapters: as of a call.
-            kwargs: as the model's `generate` takes them.
-
-        Raises:
-            AttributeError: if the model has no `generate`.
-        """
-        return self._runner.run(self._batch(adapters), args, kwargs, self._runner.alone, method="generate")
+        """`generate` of a transformers model, with its key-value cache; see `AdapterBank.generate`."""
+        return self._runner.run(self._batch(adapters), args, kwargs, method="generate")
 
     @property
     def base(self) -> BaseView:
-        """The frozen base, unadapted."""
-        return self._runner.view()
+        """The frozen base, without an adapter."""
+        return self._runner.view
 
     def bank(self, names: Iterable[str]) -> AdapterBank:
-        """A bank of copies of some adapters, in eval mode: they stay, and train, whatever becomes of their files.
+        """A bank of copies of some adapters, in eval mode. They may be trained, and do not depend on the files.
 
         Raises:
             KeyError: if there is no file of one of the names, with the nearest.
             FileError: if a file is damaged or made for another base.
         """
-        found = {name: self._read(name).copy() for name in dict.fromkeys(names)}
-        adapters = dict(zip(found, side_by_side(list(found.values())), strict=True))
+        copies = {name: self._read(name).copy() for name in dict.fromkeys(names)}
+        adapters = dict(zip(copies, side_by_side(list(copies.values())), strict=True))
         return AdapterBank.of(adapters, self._runner.base).eval()
 
     # --- files
 
     def names(self) -> tuple[str, ...]:
-        """The names of all files that are in the folder now, in order."""
+        """The names of all files in the folder, sorted."""
         return self._files.names()
 
     def path(self, name: str) -> Path:
-        """The file of an adapter, whether or not there is one.
+        """The path of an adapter's file, which need not exist.
 
         Raises:
             AdaptError: if the name leads out of the folder.
@@ -196,16 +183,16 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         return Path(self._files.path(name))
 
     def add(self, name: str, adapted: AdaptedModel, *, replace: bool = False) -> None:
-        """Write an adapter into the folder; readers see all of it or nothing.
+        """Write an adapter to a file in the folder, atomically.
 
         Args:
-            name: what it will be called; folders on the way are made.
+            name: the adapter's name; missing folders are made.
             adapted: an adapted model on the store's base, or on a copy of it.
-            replace: whether an adapter of that name may be there already, which is then replaced.
+            replace: replace an adapter of that name, if there is one.
 
         Raises:
             AdaptError: if the name is taken or leads out of the folder; if the adapter has another base, or was made by
-                actions that replaced modules, which no file can hold. Nothing was written then.
+                actions that replaced modules, which cannot be saved. Nothing was written then.
         """
         path = self.path(name)
         if not isinstance(adapted, AdaptedModel):
@@ -242,30 +229,30 @@ class AdapterStore(Mapping[str, AdaptedModel]):
                 raise FileError(f"{path} cannot be deleted: {error}") from None
             raise self._files.missing(name) from None
         finally:
-            self._shelf.drop(name)
+            self._cache.drop(name)
 
     # --- memory
 
     @property
     def budget(self) -> int | None:
-        """How many bytes the store keeps; None for any number."""
-        return self._shelf.budget
+        """How many bytes of tensors the store keeps in memory; None for no limit."""
+        return self._cache.budget
 
     @property
     def counters(self) -> StoreCounters:
-        """Hits, misses and evictions so far, and how many adapters and bytes are in memory now."""
-        return self._shelf.counters()
+        """The counts of hits, misses and evictions, and of adapters and bytes in memory."""
+        return self._cache.counters()
 
     def resident(self) -> tuple[str, ...]:
         """The names of the adapters in memory, the most recently used last."""
-        return self._shelf.names()
+        return self._cache.names()
 
     def evict(self, name: str) -> bool:
-        """Drop an adapter from memory; its file stays. Whether it was there."""
-        return self._shelf.drop(name)
+        """Drop an adapter from memory, but not its file; return whether it was in memory."""
+        return self._cache.drop(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Read adapters now, so that the next call finds them in memory.
+        """Read adapters now, so that they are in memory for the next call.
 
         Raises:
             KeyError: if there is no file of one of the names, with the nearest.
@@ -285,13 +272,13 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         path = self._files.path(name)
         now = stamp(path)
         if now is None:
-            self._shelf.drop(name)
+            self._cache.drop(name)
             raise self._files.missing(name)
-        return self._shelf.get(name, now, partial(self._load, name, path))
+        return self._cache.get(name, now, partial(self._load, name, path))
 
     def _load(self, name: str, path: str) -> Loaded[Read]:
-        """What the file held at one moment: a reading that another file's arrival cut in two is done again."""
-        for _ in range(READINGS):
+        """Read a file; if it was replaced meanwhile, read it again."""
+        for _ in range(ATTEMPTS):
             before = stamp(path)
             if before is None:
                 raise self._files.missing(name)
@@ -304,7 +291,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
                 if failed is not None:
                     raise failed
                 return Loaded(made, before, made.size)
-        raise FileError(f"{path} changed each of the {READINGS} times it was read")
+        raise FileError(f"{path} changed each of the {ATTEMPTS} times it was read")
 
     def _check_free(self, name: str, path: Path, replace: bool) -> None:
         if not replace and os.path.lexists(path):

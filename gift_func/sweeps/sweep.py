@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..adapt import adapt, base_of
-from ..ensembles.optimizer import Kind
+from ..ensembles.optimizer import MakeOptimizer
 from ..network.frozen_base import FrozenBase
 from .batches import Data
 from .checkpoint import describe, load_checkpoint, save_checkpoint
@@ -29,7 +29,7 @@ def sweep(
     data: Data,
     loss: Loss,
     steps: int,
-    optimizer: Kind = torch.optim.AdamW,
+    optimizer: MakeOptimizer = torch.optim.AdamW,
     schedule: Schedule | None = None,
     max_norm: float | None = None,
     own_order: bool = False,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..adapted_model import AdaptedModel
 from ..ensembles.clipping import clip_grad_norm_per_member
 from ..ensembles.ensemble import Ensemble
-from ..ensembles.optimizer import Kind, PerMember, per_member
+from ..ensembles.optimizer import MakeOptimizer, PerMember, per_member
 from ..ensembles.stack import stack
 from ..errors import AdaptError
 from .batches import Batches, Data, call_with, stack_batches
@@ -118,7 +118,7 @@ class SweepRun:
         models: Sequence[AdaptedModel],
         groups: Sequence[Sequence[int]],
         settings: Sequence[Mapping[str, Any]],
-        optimizer: Kind,
+        optimizer: MakeOptimizer,
         data: Data,
         chunk_size: int | None,
     ) -> None:

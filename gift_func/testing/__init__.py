@@ -1,12 +1,12 @@
-"""The laws that every method obeys: ours, and one of your own in three lines.
+"""The laws, tests that every method must pass, also one of your own:
 
     from gift_func import testing
 
     def test_my_method():
         testing.check(MyMethod(rank=2))
 
-A law holds on a *host*, a small module of one kind of parameter. A host that a method refuses counts as
-tested by the refusal, which must name the place. A law does not know a method's formula: test that by hand.
+A law is tested on *hosts*, small modules of one kind of parameter each. A method may raise `AdaptError` for a host if the
+message names the parameter. The laws do not depend on a method's formula, which needs a test of its own.
 """
 
 from .hosts import HOSTS as HOSTS

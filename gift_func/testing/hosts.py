@@ -1,4 +1,4 @@
-"""The hosts: small modules, one for each kind of parameter that a method may be tried on."""
+"""The hosts: small modules, one for each kind of parameter, on which methods are tested."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Around(nn.Module):
-    """A host's module between two fixed elementwise functions, so that gradients of second order are not zero."""
+    """A host's module with a tanh after it, so that gradients of second order are not zero."""
 
     def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Around(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of matrices as a raw parameter, `(experts, out, in)`, one expert a sample."""
+    """A stack of matrices as one parameter, `(experts, out, in)`."""
 
     def __init__(self, experts: int, d_out: int, d_in: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Experts(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """Transformers' linear layer with the weight as `(in, out)`, which methods know by its qualified name."""
+    """The linear layer of transformers, with a weight `(in, out)`; methods recognise it by its qualified name."""
 
     def __init__(self, d_out: int, d_in: int) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
-# So that the laws need no transformers installed.
+# The laws do not need transformers to be installed.
 Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 @dataclass(frozen=True)
 class Host:
-    """A small module to try a method on.
+    """A small module to test methods on.
 
     Attributes:
         parameter: the name of the parameter that is adapted.
         module: makes the module.
-        inputs: makes a batch of four.
-        call: how the module is called.
+        inputs: makes a batch of four samples.
+        call: calls the module on a batch.
     """
 
     parameter: str
@@ -68,7 +68,7 @@ class Host:
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
 
     def make(self, dtype: torch.dtype) -> tuple[Around, Tensor]:
-        """The host and its input, the same each time."""
+        """The host and its input, with the same values each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module, x = Around(self.module(), self.call).to(dtype), self.inputs()

@@ -1,11 +1,11 @@
-"""The laws, and the case of a method on a host that each of them looks at."""
+"""The laws: functions that test a method on a host."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,14 +20,14 @@ from ..errors import AdaptError
 from ..files import load_adapter, save_adapter
 from ..functional import functional_call
 from ..methods import Method
+from ..network.module_tree import NamedTensors
 from .hosts import HOSTS, Around, Host
 
-Tensors = Mapping[str, Tensor]
 TOLERANCE = 1e-10
 
 
 class Case:
-    """A method on a host, with random tensors in the adapter's places."""
+    """A method on a host, with random values of the adapter's tensors."""
 
     def __init__(self, method: Method, host: Host, dtype: torch.dtype = torch.float64) -> None:
         self.method = method
@@ -39,7 +39,7 @@ class Case:
         self.adapted = self.start.with_adapter(self.states[0])
 
     def random(self, seed: int) -> dict[str, Tensor]:
-        """The initial tensors, the trained ones moved away from where they start."""
+        """The initial tensors, with noise added to the trained ones."""
         generator = torch.Generator().manual_seed(seed + 2)
         state = self.start.adapter_state_dict()
         for name, parameter in self.start.named_trainable_parameters():
@@ -47,21 +47,21 @@ class Case:
             state[name] = parameter.detach() + noise.to(parameter)
         return state
 
-    def trained(self, state: Tensors) -> dict[str, Tensor]:
+    def trained(self, state: NamedTensors) -> dict[str, Tensor]:
         """The state's trained tensors."""
         return {name: state[name] for name, _ in self.start.named_trainable_parameters()}
 
-    def run(self, params: Tensors, x: Tensor | None = None) -> Tensor:
+    def run(self, params: NamedTensors, x: Tensor | None = None) -> Tensor:
         """The adapted host as a function of its trained tensors."""
         out: Tensor = functional_call(self.adapted, params, (self.x if x is None else x,))
         return out
 
-    def loss(self, params: Tensors, x: Tensor | None = None) -> Tensor:
-        """Something to differentiate."""
+    def loss(self, params: NamedTensors, x: Tensor | None = None) -> Tensor:
+        """A scalar to differentiate."""
         return self.run(params, x).square().sum()
 
-    def dense(self, params: Tensors) -> Tensor:
-        """The host with its adapted parameter replaced by the dense weight: the reference."""
+    def dense(self, params: NamedTensors) -> Tensor:
+        """The output of the host with the dense weight as its parameter, for reference."""
         tensors = {**self.adapted.adapter, **params}
         placed = {name: weight.dense() for name, weight in self.adapted.structured_weights(tensors).items()}
         out: Tensor = torch.func.functional_call(copy.deepcopy(self.model), placed, (self.x,))
@@ -72,13 +72,13 @@ Law = Callable[[Case], None]
 
 
 def starts_as_base(case: Case) -> None:
-    """A method that says it starts as the identity does."""
+    """A method with `starts_as_base` does not change the output at first."""
     if case.method.starts_as_base:
         _equal(case.start(case.x), case.model(case.x))
 
 
 def rule_is_dense(case: Case) -> None:
-    """Acting through the structure is acting through the dense weight, forward and backward."""
+    """The structured weight gives the outputs and gradients of the dense weight."""
     params = {name: tensor.clone().requires_grad_() for name, tensor in case.trained(case.states[0]).items()}
     found, wanted = case.run(params), case.dense(params)
     _equal(found, wanted)
@@ -93,7 +93,7 @@ def rule_is_dense(case: Case) -> None:
 
 
 def gradients_arrive(case: Case) -> None:
-    """Every trained tensor of the adapter gets a gradient from an ordinary backward, and nothing else does."""
+    """Every trained tensor of the adapter gets a gradient from `backward`, and the base gets none."""
     case.adapted(case.x).square().sum().backward()
     for name, parameter in case.adapted.named_trainable_parameters():
         assert parameter.grad is not None, f"{name} got no gradient"
@@ -101,7 +101,7 @@ def gradients_arrive(case: Case) -> None:
 
 
 def training_is_followed(case: Case) -> None:
-    """A step of an optimizer shows at the next call: nothing of the weight was computed ahead."""
+    """The call after an optimizer's step uses the new values."""
     adapted = case.adapted
     adapted(case.x).square().sum().backward()
     torch.optim.SGD(adapted.trainable_parameters(), lr=0.05).step()
@@ -109,14 +109,14 @@ def training_is_followed(case: Case) -> None:
 
 
 def vmap_is_loop(case: Case) -> None:
-    """Several adapters at once are the adapters one by one."""
+    """`vmap` over several adapters gives the outputs of each."""
     states = [case.trained(state) for state in case.states]
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     _equal(torch.func.vmap(case.run)(stacked), torch.stack([case.run(state) for state in states]))
 
 
 def stacked_is_separate(case: Case) -> None:
-    """Members of an ensemble compute, and are differentiated, as each alone, and come out of it bit by bit."""
+    """Members of an ensemble have the outputs and gradients of separate models, and their tensors stay the same."""
     members = [case.start.with_adapter(case.random(seed)) for seed in range(3)]
     _same_as_members(stack(members), members, case.x)
     wider = _wider(case, 2)
@@ -125,7 +125,7 @@ def stacked_is_separate(case: Case) -> None:
 
 
 def per_sample_gradients_are_loop(case: Case) -> None:
-    """`vmap(grad)` gives every sample's own gradient."""
+    """`vmap(grad)` gives the gradient of each sample."""
     params = case.trained(case.states[0])
     found = torch.func.vmap(torch.func.grad(case.loss), (None, 0))(params, case.x.unsqueeze(1))
     singles = [torch.func.grad(case.loss)(params, sample.unsqueeze(0)) for sample in case.x]
@@ -134,7 +134,7 @@ def per_sample_gradients_are_loop(case: Case) -> None:
 
 
 def forward_mode_is_reverse_mode(case: Case) -> None:
-    """`jvp` along a direction is the gradient's product with it."""
+    """`jvp` gives the product of the gradient with the direction."""
     params = case.trained(case.states[0])
     direction = case.trained(case.states[1])
     forward = torch.func.jvp(case.loss, (params,), (direction,))[1]
@@ -143,7 +143,7 @@ def forward_mode_is_reverse_mode(case: Case) -> None:
 
 
 def base_is_untouched(case: Case) -> None:
-    """Nothing of the user's model changes, whatever is done with the adapted one."""
+    """Nothing that is done with the adapted model changes the user's model."""
     parameters = dict(case.model.named_parameters())
     before = {name: (parameter, parameter.detach().clone(), parameter._version) for name, parameter in parameters.items()}
     case.adapted.train()(case.x).square().sum().backward()
@@ -161,14 +161,14 @@ def base_is_untouched(case: Case) -> None:
 
 
 def merged_is_adapted(case: Case) -> None:
-    """The merged module, which holds no class of ours, computes the same."""
+    """The merged module has no class of this package and gives the same outputs."""
     merged = case.adapted.merge()
     assert not any(type(p) not in (nn.Parameter, Tensor) for p in merged.parameters())
     _equal(merged(case.x), case.adapted(case.x))
 
 
 def copies_are_equal(case: Case) -> None:
-    """The adapted model survives `deepcopy` and a state dict, the method `pickle` and `to_dict`."""
+    """Copies by `deepcopy` and by state dict give the same outputs; the method is equal after `pickle` and `to_dict`."""
     wanted = case.adapted(case.x)
     assert torch.equal(copy.deepcopy(case.adapted)(case.x), wanted)
     assert torch.equal(case.start.with_adapter(case.adapted.adapter_state_dict())(case.x), wanted)
@@ -179,7 +179,7 @@ def copies_are_equal(case: Case) -> None:
 
 
 def loaded_is_saved(case: Case) -> None:
-    """The native file gives back the same outputs."""
+    """The model that is loaded from a native file gives the same outputs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save_adapter(case.adapted, path)
@@ -187,7 +187,7 @@ def loaded_is_saved(case: Case) -> None:
 
 
 def checkpoints_are_exact(case: Case) -> None:
-    """Under gradient checkpointing every gradient is the same."""
+    """Gradient checkpointing does not change the gradients."""
     call = case.model.call
     checkpointed = Around(case.model.inner, lambda module, x: checkpoint(call, module, x, use_reentrant=False))
     adapted = adapt(checkpointed, case.rules).with_adapter(case.adapted.adapter_state_dict())
@@ -196,7 +196,7 @@ def checkpoints_are_exact(case: Case) -> None:
 
 
 def one_compile_for_all(case: Case) -> None:
-    """Compiled as one graph, it computes the same, and another adapter of the same shapes compiles nothing new."""
+    """The model compiles to one graph with the same outputs, which serves other adapters of the same shapes too."""
     from torch._dynamo.testing import CompileCounter  # importing Dynamo takes seconds
 
     torch._dynamo.reset()
@@ -230,7 +230,7 @@ LAWS: dict[str, Law] = {
 
 
 def element_type_is_kept(method: Method, host: Host) -> None:
-    """A half-precision network stays one: its outputs, its merged weights."""
+    """Outputs and merged weights have the dtype of the network."""
     for dtype in (torch.float32, torch.bfloat16):
         case = Case(method, host, dtype)
         assert case.adapted(case.x).dtype == dtype
@@ -238,15 +238,15 @@ def element_type_is_kept(method: Method, host: Host) -> None:
 
 
 def check(method: Method, hosts: Iterable[str] | None = None, laws: Iterable[str] | None = None) -> None:
-    """Check a method against the laws on every host that it can adapt.
+    """Test a method by the laws on every host that it can adapt.
 
     Args:
-        method: an instance; several configurations are several calls.
-        hosts: names out of `HOSTS`; all by default.
-        laws: names out of `LAWS`; all by default.
+        method: the method.
+        hosts: names in `HOSTS`; all by default.
+        laws: names in `LAWS`; all by default.
 
     Raises:
-        AssertionError: naming the law, the host and the method, at the first law that does not hold.
+        AssertionError: for the first law that does not hold, with the law, the host and the method.
         AdaptError: if the method adapts none of the hosts.
 
     Example:
@@ -254,31 +254,26 @@ def check(method: Method, hosts: Iterable[str] | None = None, laws: Iterable[str
         >>> from gift_func import testing
         >>> testing.check(gf.LoRA(rank=2), hosts=["linear"], laws=["starts_as_base", "rule_is_dense"])
     """
-    adapted = 0
-    for name in HOSTS if hosts is None else hosts:
-        adapted += sum(1 for _ in _checked(method, name, LAWS if laws is None else laws))
-        if laws is None and not refuses(method, name):
+    given = list(HOSTS if hosts is None else hosts)
+    adapted = [name for name in given if not refuses(method, name)]
+    for name in adapted:
+        for law in LAWS if laws is None else laws:
+            try:
+                LAWS[law](Case(method, HOSTS[name]))
+            except AssertionError as error:
+                raise AssertionError(f"{method} on {name!r} breaks {law}: {LAWS[law].__doc__} {error}") from error
+        if laws is None:
             element_type_is_kept(method, HOSTS[name])
     if not adapted:
-        raise AdaptError(f"{method} adapts none of the hosts {', '.join(HOSTS if hosts is None else hosts)}")
-
-
-def _checked(method: Method, host: str, laws: Iterable[str]) -> Iterator[str]:
-    if refuses(method, host):
-        return
-    for law in laws:
-        try:
-            LAWS[law](Case(method, HOSTS[host]))
-        except AssertionError as error:
-            raise AssertionError(f"{method} on {host!r} breaks {law}: {LAWS[law].__doc__} {error}") from error
-        yield law
+        raise AdaptError(f"{method} adapts none of the hosts {', '.join(given)}")
 
 
 def refuses(method: Method, host: str) -> bool:
-    """Whether the method says that it cannot adapt the host; adapting it must then say so, and where.
+    """Whether the method raises `AdaptError` for the host; the message must name the parameter.
 
     Args:
-        host: a name out of `HOSTS`.
+        method: the method.
+        host: a name in `HOSTS`.
     """
     module, _ = HOSTS[host].make(torch.float64)
     name = f"inner.{HOSTS[host].parameter}"
@@ -308,13 +303,13 @@ def _same_as_members(ensemble: Ensemble, members: Sequence[AdaptedModel], x: Ten
 
 
 def _wider(case: Case, more: int) -> AdaptedModel | None:
-    """A member of larger rank, for a method that says where its rank is."""
-    part = case.start.adapted_parameters[0]
-    if not part.method.rank_axes({local: case.start.adapter[full] for local, full in part.names.items()}):
+    """A member of larger rank, if the method has rank axes."""
+    parameter = case.start.adapted_parameters[0]
+    if not parameter.method.rank_axes({local: case.start.adapter[full] for local, full in parameter.names.items()}):
         return None
     wide = Case(case.method.replace(rank=getattr(case.method, "rank", 0) + more), case.host)
-    if [part.names for part in wide.start.adapted_parameters] != [part.names for part in case.start.adapted_parameters]:
-        return None  # a factor that is not decomposed at that rank
+    if [one.names for one in wide.start.adapted_parameters] != [one.names for one in case.start.adapted_parameters]:
+        return None  # the method has other factors at that rank
     return adapt(case.model, wide.rules).with_adapter(wide.random(5))
 
 

@@ -685,3 +685,47 @@ def test_a_new_adapter_by_its_strategy_is_what_adapt_makes(strategy: Any) -> Non
         bank.add("other", model)  # a model that is not adapted
     with pytest.raises(TypeError, match="adapted models"):
         bank.add("other", "fr")
+
+
+class OnSome(nn.Module):
+    """A network that runs a layer on those samples that a condition selects, as a mixture of experts does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        made: Tensor = x.new_zeros(len(x), 3).index_put((chosen,), self.layer(x[chosen]))
+        return made
+
+
+@pytest.mark.parametrize("method", [gf.LoRA(rank=1, init="random"), gf.DoRA(rank=1, init="random"), gf.IA3()], ids=str)
+def test_a_layer_may_run_on_no_sample(method: gf.Method) -> None:
+    model = OnSome()
+    bank = gf.AdapterBank({name: shake(gf.adapt(model, {"layer": method})) for name in "abc"})
+    x = x_of(6)
+    for signs in ([1, -1, 1, 1, -1, 1], [-1] * 6):
+        x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
+        assert_close(bank(x, adapters=list("abccab")), one_by_one(bank, bank.base, list("abccab"), ((x,), {})))
+
+
+def test_a_move_that_moves_nothing_leaves_other_banks_stacks_in_place() -> None:
+    bank = gf.AdapterBank(trio())
+    bank = bank.remove("it")
+    other = bank.rename("fr", "french").prepare()
+    before = {name: tensor.data_ptr() for name, tensor in bank.named_trainable_parameters()}
+    bank.to("cpu")
+    assert {name: tensor.data_ptr() for name, tensor in bank.named_trainable_parameters()} == before
+    with torch.no_grad():
+        for tensor in bank.trainable_parameters():
+            tensor.add_(1.0)
+    assert other._compiled is not None
+    index, x = torch.tensor([0, -1, 1]), x_of(3)
+    assert_close(other._compiled(index, (x,), {}), bank(x, adapters=index))
+
+
+def test_the_base_of_a_bank_is_made_once() -> None:
+    bank = gf.AdapterBank(trio())
+    assert bank.base is bank.base
+    assert_close(bank.base(x_of(3)), bank(x_of(3), adapters=[None] * 3))

@@ -88,13 +88,13 @@ def test_every_method(host: str, method: str) -> None:
 def test_a_batch_of_all_reads_the_stacks_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     ens = ensemble(MLP().double())
     found: list[Tensor | None] = []
-    before = contiguous._rows_of_stack
+    before = contiguous._parts_of_stack
 
     def seen(tensors: Sequence[Tensor]) -> Tensor | None:
         found.append(before(tensors))
         return found[-1]
 
-    monkeypatch.setattr(contiguous, "_rows_of_stack", seen)
+    monkeypatch.setattr(contiguous, "_parts_of_stack", seen)
     x = torch.randn(3, 6, dtype=torch.float64)
     optimizer = torch.optim.SGD(ens.trainable_parameters(), lr=0.1)
     for _ in range(3):

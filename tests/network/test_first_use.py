@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gift_func as gf
 from gift_func import safetensors_io
 from gift_func._torch import is_transformed
-from gift_func.network.copy_tree import Replica, copy_tree
+from gift_func.network.copy_tree import copy_tree
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -343,7 +343,7 @@ def test_threads_that_race_to_the_first_use_get_one_network(monkeypatch: pytest.
     theirs, count = model(), [0]
     wanted = bits(adapted_of(theirs)(X))
 
-    def counted(*given: Any) -> Replica:
+    def counted(*given: Any) -> Any:
         count[0] += 1
         time.sleep(0.02)  # so that the others come meanwhile
         return copy_tree(*given)

@@ -129,8 +129,8 @@ def test_calls_of_every_kind_at_once() -> None:
     jobs["base", 0, 0] = bank.base
     jobs["bank of base", 0, 0] = lambda x: bank(x, adapters=[None] * 4)
     jobs["ensemble", 0, 0] = ensemble
-    mixes: list[list[int | None]] = [[0, 1, 1, 0], [None, 1, 0, 0]]
-    for place, members in enumerate(mixes):
+    own_mixes: list[list[int | None]] = [[0, 1, 1, 0], [None, 1, 0, 0]]
+    for place, members in enumerate(own_mixes):
         jobs["ensemble's mix", place, 0] = partial(ensemble.mix, members=members)
     rare = {"another bank": 20, "ensemble": 20}
 

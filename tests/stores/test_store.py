@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gift_func as gf
-from gift_func.network.copy_tree import Replica, copy_tree
+from gift_func.network.copy_tree import copy_tree
 from gift_func.stores import folder
 from gift_func.stores.reader import Read, Reader
 
@@ -512,7 +512,7 @@ def test_neither_loading_nor_calling_copies_the_network(tmp_path: Path, monkeypa
     store = gf.AdapterStore(model, tmp_path, budget=0)
     store(x, adapters=["a0", "a1", None])  # looks up the strategy
 
-    def counted(*given: Any) -> Replica:
+    def counted(*given: Any) -> Any:
         count[0] += 1
         return copy_tree(*given)
 
@@ -635,7 +635,7 @@ def test_threads_that_want_the_same_file_read_it_once(tmp_path: Path, monkeypatc
             else:
                 assert len({id(error) for error in found}) == 8, "an error that several threads raise is nobody's"
                 assert all(isinstance(error, gf.FileError) for error in found)
-    assert not store._shelf._loading
+    assert not store._cache._loading
 
 
 def test_a_file_that_is_slow_to_read_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
