@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -182,6 +183,11 @@ class Adapter:
     def clear_cached_weights(self) -> None:
         """Make new weights from now on, since the tensors were moved in memory."""
         self._weights.clear()
+
+    @cached_property
+    def reference(self) -> weakref.ref[Adapter]:
+        """A weak reference to this adapter, by which caches find what they have for it."""
+        return weakref.ref(self)
 
     @cached_property
     def module(self) -> nn.Module:

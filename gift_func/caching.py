@@ -45,10 +45,10 @@ class LRU(Generic[Key, Cached]):
     def get(self, key: Key, default: object = None) -> object:
         """The value of a key, which is then the one used last, or `default`."""
         with self._lock:
-            if key not in self._values:
-                return default
-            self._values.move_to_end(key)
-            return self._values[key]
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        return default
 
     def put(self, key: Key, value: Cached) -> Cached:
         """Set the value of a key, and return it."""

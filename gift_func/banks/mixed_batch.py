@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from types import GeneratorType
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .._torch import lasting_outside
 from ..adapted_model import AdaptedModel
 from ..adapter import Adapter
+from ..caching import LRU
 from ..errors import AdaptError
 from ..network.base_view import BaseView
 from ..network.copy_pool import CopyPool
@@ -73,7 +74,7 @@ class MixedBatchRunner:
         self.statistics = _uses_statistics(tree)
         self._fast_path = FastPath(base, tree, ())
         self._keeps_order = False
-        self._models: WeakKeyDictionary[Adapter, AdaptedModel] = WeakKeyDictionary()
+        self._models: LRU[ref[Adapter], AdaptedModel] = LRU(self.max_models)
         self._lock = threading.RLock()
 
     def in_mode(self, training: bool) -> MixedBatchRunner:
@@ -82,14 +83,13 @@ class MixedBatchRunner:
 
     def model(self, adapter: Adapter) -> AdaptedModel:
         """An adapter as a model, with the adapter's own tensors. The models used last are cached."""
-        with self._lock:
-            found = self._models.pop(adapter, None)
-            if found is None:
-                found = self._new_model(adapter)
-            self._models[adapter] = found
-            while len(self._models) > self.max_models:
-                del self._models[next(iter(self._models))]
-            return found
+        found = self._models.get(adapter.reference)
+        if found is None:
+            with self._lock:  # one model for all threads
+                found = self._models.get(adapter.reference)
+                if found is None:
+                    found = self._models.put(ref(adapter, self._models.discard), self._new_model(adapter))
+        return found
 
     def _new_model(self, adapter: Adapter) -> AdaptedModel:
         if self.statistics is not None:
