@@ -99,6 +99,9 @@ class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
 
     def _set_up(self, adapters: Mapping[str, Adapter], runner: MixedBatchRunner) -> Self:
         super().__init__()
+        return self._replace(adapters, runner)
+
+    def _replace(self, adapters: Mapping[str, Adapter], runner: MixedBatchRunner) -> Self:
         self._runner = runner
         self._compiled: CompiledBank | None = None
         self.training = runner.training
@@ -291,8 +294,7 @@ class AdapterBank(AdapterModule, Mapping[str, AdaptedModel]):
         base = self.frozen_base.apply(fn)
         lay_side_by_side(list(self._adapters.values()))
         moved = {name: adapter.replace_tensors(adapter.tensors, base) for name, adapter in self._adapters.items()}
-        self._set_up(moved, self._runner if base is self.frozen_base else MixedBatchRunner(base, self._runner.modes))
-        return self
+        return self._replace(moved, self._runner if base is self.frozen_base else MixedBatchRunner(base, self._runner.modes))
 
     # --- inside
 

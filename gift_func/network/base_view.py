@@ -45,8 +45,9 @@ class BaseView:
         self._update_modes()
         found = getattr(module, name)
         if not isinstance(found, MethodType) or found.__self__ is not module:
+            new = self._new_buffers()
             for buffer_name, attribute, owner, _ in list(self._pool.tree.buffers()):
-                owner._buffers[attribute] = self._new_buffers()[buffer_name]
+                owner._buffers[attribute] = new[buffer_name]
             return found
 
         @wraps(found)

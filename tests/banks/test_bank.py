@@ -444,6 +444,8 @@ def test_modes_and_moves_act_in_place() -> None:
     assert not bank["fr"].training
     assert bank.train() is bank
     assert bank.training
+    calls: list[bool] = []
+    bank.register_forward_pre_hook(lambda *_: calls.append(True))
     bank.to(torch.float32)
     assert {p.dtype for p in bank.parameters()} == {torch.float32}
     assert all(p is held[name] for name, p in bank.named_parameters()), "an optimizer would have lost them"
@@ -451,6 +453,7 @@ def test_modes_and_moves_act_in_place() -> None:
         out = bank(x.float(), adapters=names)
         assert out.dtype == torch.float32
         assert_close(out.double(), wanted, 1e-6)
+    assert len(calls) == 2, "the bank's hooks are gone"
     fr = bank["fr"](x[:1].float())
     assert_close(fr, out[:1], 1e-6)
     (bank(x.float(), adapters=names) ** 2).sum().backward()
