@@ -63,3 +63,20 @@ def test_folders_form_no_circle() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_one_idea_long(name: str) -> None:
     assert len(FILES[name].read_text().splitlines()) <= 450
+
+
+def test_a_name_means_one_thing() -> None:
+    """What one file defines at its top level no other one defines, but for the verbs of a format."""
+    homes: dict[str, list[str]] = {}
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            found: list[str] = []
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found = [node.name]
+            elif isinstance(node, ast.Assign):
+                found = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found = [node.target.id]
+            for one in found:
+                homes.setdefault(one, []).append(name)
+    assert {name: files for name, files in homes.items() if len(files) > 1}.keys() == {"load", "save"}
