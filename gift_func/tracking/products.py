@@ -50,6 +50,9 @@ def track_linear(batch: BatchInfo, args: Args, kwargs: Kwargs, result: Tensor) -
     """`[..., k]` times `[m, k]`, plus `[m]`."""
     x = args[0] if args else kwargs["input"]
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
+    tag = tag_of(x)
+    if isinstance(tag, SampleAxis) and tag_of(weight) is None and tag_of(bias) is None:  # nearly every call
+        return UNTRACKED if tag.axis == x.dim() - 1 else tag
     out = [*range(result.dim() - 1), "m"] if weight.dim() == 2 else [*range(result.dim())]
     inside = [*range(x.dim() - 1), "k"]
     outside = ["m", "k"] if weight.dim() == 2 else ["k"]

@@ -25,7 +25,7 @@ from ..weights.names import METADATA
 from ..weights.slot import TorchFunction
 from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, owner_index, sample_axis_of, set_tag, tag
 from .replay import READERS, Answer
-from .table import TOLERANT, TRACKING_RULES, BatchInfo, Kwargs, tensors
+from .table import TOLERANT, TRACKING_RULES, BatchInfo, Kwargs
 
 __all__ = ["SampleAxis", "TrackSamples", "Untracked", "owner_index", "sample_axis_of", "tag"]
 
@@ -69,9 +69,22 @@ class TrackSamples(TorchFunctionMode):
         if func in READERS:
             self.answers.append(result)
             return result
-        tags = [value.__dict__[TAG_KEY] for value in tensors(args, kwargs or {}) if TAG_KEY in value.__dict__]
-        if tags:
-            untracked = next((found for found in reversed(tags) if type(found) is Untracked), None)
+        # Without a generator or a list: this runs for every torch function of a tracked call.
+        tagged = False
+        untracked: Tag = None
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor):
+                found = value.__dict__.get(TAG_KEY)
+                if found is not None:
+                    tagged = True
+                    untracked = found if type(found) is Untracked else untracked
+            elif type(value) is list or type(value) is tuple:
+                for item in value:
+                    found = item.__dict__.get(TAG_KEY) if isinstance(item, Tensor) else None
+                    if found is not None:
+                        tagged = True
+                        untracked = found if type(found) is Untracked else untracked
+        if tagged:
             self._pass_on(func, args, kwargs or {}, result, untracked)
         return result
 
@@ -79,8 +92,8 @@ class TrackSamples(TorchFunctionMode):
         """Tag the result of a function of tagged tensors."""
         target = result
         written = bool(args) and result is args[0]
-        name = getattr(func, "__name__", "")
         if not isinstance(result, Tensor):
+            name = getattr(func, "__name__", "")
             if result is None and (func in _WRITERS or (name.endswith("_") and not name.endswith("__"))):
                 target, written = args[0], True
             elif not isinstance(result, (tuple, list)):
@@ -107,7 +120,10 @@ class TrackSamples(TorchFunctionMode):
                 made = UNTRACKED
         if made is UNTRACKED:
             made = untracked or Untracked(_name(func))
-        _tag_result(target, made, func, written)
+        if not written and type(made) is SampleAxis and isinstance(target, Tensor):
+            target.__dict__[TAG_KEY] = made
+        else:
+            _tag_result(target, made, func, written)
 
 
 def _tag_result(target: Any, made: Any, func: TorchFunction, written: bool) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..weights.names import getter
 from ..weights.slot import TorchFunction
-from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed, sample_axis_of
+from .layout import TAG_KEY, UNTRACKED, SampleAxis, Tag, Untracked, merge, placed
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -112,7 +112,8 @@ def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any 
 
 def tag_of(value: Any) -> Tag:
     """The tag of an argument; None if it is no tensor."""
-    return sample_axis_of(value) if isinstance(value, Tensor) else None
+    found: Tag = value.__dict__.get(TAG_KEY) if isinstance(value, Tensor) else None
+    return found
 
 
 def tensors(args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
@@ -129,6 +130,8 @@ def tensors(args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
 def only_first(args: Args, kwargs: Kwargs) -> tuple[Tensor, Tag]:
     """The first argument and its tag, or `UNTRACKED` if another argument has a tag."""
     first = args[0] if args else kwargs["input"]
+    if len(args) < 3 and not kwargs and not isinstance(args[-1], (Tensor, list, tuple)):
+        return first, tag_of(first)
     if any(value is not first and TAG_KEY in value.__dict__ for value in tensors(args, kwargs)):
         return first, UNTRACKED
     return first, tag_of(first)
