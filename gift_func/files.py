@@ -45,6 +45,11 @@ def save_adapter(adapted: AdaptedModel, path: str | os.PathLike[str]) -> None:
         >>> list(gf.load_adapter(model, path).adapter)
         ['lora_B', 'lora_A']
     """
+    if not isinstance(adapted, AdaptedModel):
+        raise TypeError(
+            f"save_adapter takes an adapted model, got a {type(adapted).__name__}; of an ensemble save each ens[i], of a bank "
+            "each bank[name], in a file of its own"
+        )
     header = {
         "version": FILE_VERSION,
         "strategy": adapted.strategy and adapted.strategy.to_dict(),

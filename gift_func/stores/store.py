@@ -30,6 +30,13 @@ ATTEMPTS = 5
 """How often a file is read that changes while it is read."""
 
 
+OF_MODULES = frozenset({
+    "train", "eval", "to", "parameters", "named_parameters", "state_dict", "load_state_dict", "requires_grad_",
+    "trainable_parameters", "named_trainable_parameters", "adapter_state_dict", "load_adapter_state_dict", "summary", "merge",
+})  # fmt: skip
+"""What adapted models, ensembles and banks have, and a store has not."""
+
+
 class AdapterStore(Mapping[str, AdaptedModel]):
     """A folder of adapter files with the calls of a bank, for more adapters than fit into memory.
 
@@ -121,6 +128,14 @@ class AdapterStore(Mapping[str, AdaptedModel]):
 
     def __hash__(self) -> int:
         return id(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_MODULES:
+            raise AttributeError(
+                f"a store has no {name}(): its adapters are files, which it serves in eval mode. store.bank(names) is a module "
+                "of copies in memory, store[name] is one adapter as a model; store.add(name, model, replace=True) writes one back"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         counted = self.counters

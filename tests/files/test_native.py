@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +267,12 @@ def test_a_failed_save_leaves_the_old_file(x: Tensor, tmp_path: Path, monkeypatc
         gf.save_adapter(trained(network(), STRATEGIES["patterns"], x), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_no_adapted_model(tmp_path: Path) -> None:
+    ens = gf.adapt_ensemble(nn.Linear(2, 2), gf.LoRA(rank=1), 2)
+    wrong: list[Any] = [ens, gf.AdapterBank({"a": ens[0]})]
+    for several in wrong:
+        with pytest.raises(TypeError, match=r"takes an adapted model, got a \w+; of an ensemble save each ens\[i\]"):
+            gf.save_adapter(several, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -839,3 +839,12 @@ def test_a_thousand_adapters_of_a_real_model_and_a_hundred_in_memory(tmp_path: P
         reading = median_of(lambda: {n: t.clone() for n, t in load_file(tmp_path / f"a{next(hot)}.safetensors").items()}, 100)
         loading = median_of(lambda: store.prefetch([f"a{next(cold)}"]), 100)
         assert loading < 4 * reading, (loading, reading)
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "to", "parameters", "adapter_state_dict", "summary"])
+def test_the_verbs_of_a_module_say_what_to_use(name: str, tmp_path: Path) -> None:
+    store = gf.AdapterStore(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(AttributeError, match=rf"a store has no {name}\(\).*store.bank\(names\) is a module"):
+        getattr(store, name)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such'"):
+        store.no_such  # noqa: B018
