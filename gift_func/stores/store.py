@@ -133,7 +133,7 @@ class AdapterStore(Mapping[str, AdaptedModel]):
         if name in OF_MODULES:
             raise AttributeError(
                 f"a store has no {name}(): its adapters are files, which it serves in eval mode. store.bank(names) is a module "
-                "of copies in memory, store[name] is one adapter as a model; store.add(name, model, replace=True) writes one back"
+                "of copies in memory, store[name] one adapter as a model; store.add(name, model, replace=True) writes one back"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
